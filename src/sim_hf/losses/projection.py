@@ -1,0 +1,83 @@
+"""Projection term of BoxInst (Tian et al. 2021, Sec. 3.1), the box supervision that SIM keeps.
+
+A mask and its box have the same shadow on the y axis and on the x axis. The loss compares the shadows, so it says how
+far the mask must reach and nothing about its shape inside the box.
+
+Shape letters: N predictions assigned to an instance, Q queries, G annotated instances, H and W rows and columns of the
+grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sim_hf.losses.precision import at_least_float32, autocast_disabled
+from sim_hf.structures import rasterize_boxes
+
+DICE_EPSILON = 1e-5  # BoxInst: keeps 0/0 away, added to the denominator only
+
+
+def box_projections(boxes_G4: Tensor, height: int, width: int, stride: float) -> tuple[Tensor, Tensor]:
+    """Shadows of the boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height), columns (G, width)."""
+    rows_GH, columns_GW = rasterize_boxes(boxes_G4, height, width, stride)
+    return rows_GH.float(), columns_GW.float()
+
+
+def projection_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor) -> Tensor:
+    """Dice loss between the shadows of mask and box, summed over the two axes (BoxInst, Eq. 2) -> (N,) in 0..2.
+
+    `rows_NH` and `columns_NW` are `box_projections` of the instance of each row.
+    """
+    num_rows, height, width = mask_logits_NHW.shape
+    _check_shadows(rows_NH, columns_NW, (num_rows, height), (num_rows, width))
+    losses = [
+        _dice_loss(probabilities_NL, at_least_float32(shadow_NL))
+        for probabilities_NL, shadow_NL in zip(_mask_shadows(mask_logits_NHW), (rows_NH, columns_NW), strict=True)
+    ]
+    return losses[0] + losses[1]
+
+
+@torch.no_grad()
+def projection_cost(mask_logits_QHW: Tensor, rows_GH: Tensor, columns_GW: Tensor) -> Tensor:
+    """`projection_loss` of every query with every instance, for matching without masks -> (Q, G) in 0..2.
+
+    Dice needs only the products of the one-dimensional shadows: two matrix products, nothing of size (Q, G, H).
+    """
+    _, height, width = mask_logits_QHW.shape
+    num_instances = rows_GH.shape[0]
+    _check_shadows(rows_GH, columns_GW, (num_instances, height), (num_instances, width))
+    costs = []
+    with autocast_disabled(mask_logits_QHW):
+        for probabilities_QL, shadow_GL in zip(_mask_shadows(mask_logits_QHW), (rows_GH, columns_GW), strict=True):
+            shadow_GL = shadow_GL.to(probabilities_QL.dtype)
+            overlap_QG = probabilities_QL @ shadow_GL.T
+            sizes_QG = probabilities_QL.square().sum(-1)[:, None] + shadow_GL.square().sum(-1)[None, :]
+            costs.append(1 - 2 * overlap_QG / (sizes_QG + DICE_EPSILON))
+    return costs[0] + costs[1]
+
+
+def _mask_shadows(mask_logits_NHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column maxima of the mask probability -> (N, H), (N, W).
+
+    The maximum of the logits first and the sigmoid after: same value, H + W sigmoids instead of H * W. `amax` shares
+    the gradient between equal maxima, so a flat mask moves as a whole and no device picks its own winner.
+    """
+    rows_NH = at_least_float32(mask_logits_NHW.amax(-1)).sigmoid()
+    columns_NW = at_least_float32(mask_logits_NHW.amax(-2)).sigmoid()
+    return rows_NH, columns_NW
+
+
+def _dice_loss(probabilities_NL: Tensor, target_NL: Tensor) -> Tensor:
+    """1 - 2 sum(p t) / (sum(p^2) + sum(t^2)) -> (N,)."""
+    overlap_N = (probabilities_NL * target_NL).sum(-1)
+    sizes_N = probabilities_NL.square().sum(-1) + target_NL.square().sum(-1)
+    return 1 - 2 * overlap_N / (sizes_N + DICE_EPSILON)
+
+
+def _check_shadows(rows_GH: Tensor, columns_GW: Tensor, rows_shape: tuple[int, int], columns_shape: tuple[int, int]) -> None:
+    if tuple(rows_GH.shape) != rows_shape or tuple(columns_GW.shape) != columns_shape:
+        raise ValueError(
+            f"expected box rows {rows_shape} and columns {columns_shape}, "
+            f"got {tuple(rows_GH.shape)} and {tuple(columns_GW.shape)}"
+        )
