@@ -1,0 +1,296 @@
+"""Bodies of the generated photographs: five articulated or holed kinds, and the clutter that belongs to no class.
+
+A body is a set of *bones*: tapered capsules with a radius at either end, in a unit frame (x right, y down). `pose` bends,
+turns and scales a body into the image; `relief` turns it into coverage, a height field and coordinates along (u) and
+across (v) the bones, which the textures follow.
+
+Shape letters: N bones, K points of a chain, H W the window of the image that a body covers.
+Determinism over machines: transcendental functions run in float64 on a few points; whole-image arithmetic is float32 with
+the correctly rounded operations + - * / sqrt only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+CLASS_NAMES: tuple[str, ...] = ("starfish", "gecko", "wreath", "jellyfish", "bird")
+
+# Columns of a bone: where it starts, where it ends, its radii there, u there, how far it lies above the ground, its part.
+AX, AY, BX, BY, RADIUS_A, RADIUS_B, U_A, U_B, LIFT, PART = range(10)
+BODY, LIMB, EYE = 0, 1, 2  # parts: limbs get a tone of their own, eyes are dark
+
+Bones = NDArray[np.float64]  # (N, 10)
+Array32 = NDArray[np.float32]
+TURN = 2 * np.pi
+
+
+@dataclass
+class Relief:
+    """A body on its window of the image: coverage and height (pixels) and coat coordinates, each (H, W) float32."""
+
+    top: int
+    left: int
+    coverage: Array32
+    height: Array32
+    along: Array32
+    across: Array32
+    part: Array32
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        rows, columns = self.coverage.shape
+        return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
+
+
+def chain(points: NDArray, radii: NDArray, *, along: tuple[float, float] = (0, 1), lift=0.0, part: int = BODY) -> Bones:
+    """K points with K radii -> K - 1 bones; `lift` is one number or one per bone."""
+    points = np.asarray(points, dtype=np.float64)
+    u = np.linspace(along[0], along[1], len(points))
+    bones = np.empty((len(points) - 1, 10))
+    bones[:, AX : AY + 1], bones[:, BX : BY + 1] = points[:-1], points[1:]
+    bones[:, RADIUS_A], bones[:, RADIUS_B] = radii[:-1], radii[1:]
+    bones[:, U_A], bones[:, U_B] = u[:-1], u[1:]
+    bones[:, LIFT], bones[:, PART] = lift, part
+    return bones
+
+
+def _directions(angles: NDArray) -> NDArray:
+    return np.stack([np.cos(angles), np.sin(angles)], -1)
+
+
+def starfish(rng: Generator) -> Bones:
+    num_arms = int(rng.choice([5, 5, 5, 6, 7, 8]))
+    thickness, curl = rng.uniform(0.16, 0.25), rng.normal(0, 0.35)
+    angles = TURN * (np.arange(num_arms) + rng.uniform(-0.17, 0.17, num_arms)) / num_arms
+    t = np.linspace(0.06, 1, 7)
+    bones = []
+    for angle in angles:
+        wave = rng.uniform(0.05, 0.3) * np.sin(TURN * (t * rng.uniform(0.5, 1.0) + rng.random())) * t
+        arm = _directions(angle + (curl + rng.normal(0, 0.15)) * t * t + wave) * (t * rng.uniform(0.75, 1.1))[:, None]
+        bones.append(chain(arm, thickness * (1.05 - 0.8 * t)))
+    heart = chain(np.array([[-0.02, 0.0], [0.02, 0.0]]), np.full(2, thickness * 1.25), along=(0, 0.05))
+    return np.concatenate([*bones, heart])
+
+
+def _gecko_leg(rng: Generator, hip: NDArray, heading: float, side: int, fore: float, thickness: float) -> Bones:
+    angle = heading + side * (np.pi / 2 - fore * rng.uniform(0.1, 0.8))
+    knee = hip + _directions(np.array([angle]))[0] * rng.uniform(0.17, 0.23)
+    bend = angle + side * rng.uniform(0.2, 1.2) * fore
+    foot = knee + _directions(np.array([bend]))[0] * rng.uniform(0.14, 0.22)
+    parts = [chain(np.stack([hip, knee, foot]), thickness * np.array([1.2, 0.9, 0.6]), part=LIMB, lift=-0.03)]
+    for spread in (-0.8, -0.27, 0.27, 0.8):
+        toe = foot + _directions(np.array([bend - 0.4 * side * fore + spread]))[0] * 0.09
+        parts.append(chain(np.stack([foot, toe]), thickness * np.array([0.38, 0.3]), part=LIMB, lift=-0.03))
+    return np.concatenate(parts)
+
+
+def gecko(rng: Generator) -> Bones:
+    s = np.linspace(0, 1, 19)
+    amplitude, frequency, phase = rng.uniform(0.4, 1.5), rng.uniform(0.7, 1.3), rng.random()
+    heading = amplitude * np.sin(TURN * (frequency * s + phase)) + rng.normal(0, 1.6) * np.maximum(s - 0.55, 0)
+    spine = np.cumsum(_directions(heading), axis=0) * (2.1 / len(s))
+    knots = [0, 0.04, 0.11, 0.18, 0.25, 0.38, 0.5, 0.6, 1]
+    fatness = rng.uniform(0.8, 1.25)
+    radii = fatness * np.interp(s, knots, [0.05, 0.1, 0.125, 0.08, 0.12, 0.14, 0.105, 0.06, 0.012])
+    bones = [chain(spine, radii, lift=0.02)]
+    for index, fore in ((5, -1.0), (9, 1.0)):
+        for side in (-1, 1):
+            bones.append(_gecko_leg(rng, spine[index], heading[index], side, fore, 0.06 * fatness))
+    sideways = _directions(np.array([heading[1] + np.pi / 2]))[0] * 0.085 * fatness
+    for side in (-1, 1):
+        eye = spine[1] + side * sideways
+        bones.append(chain(np.stack([eye, eye + 0.01]), np.full(2, 0.03 * fatness), part=EYE, lift=0.08))
+    return np.concatenate(bones)
+
+
+def wreath(rng: Generator) -> Bones:
+    """A hoop of one to three twisted strands, some with spurs: a body with a hole."""
+    num_strands = int(rng.choice([1, 2, 2, 3]))
+    theta = np.linspace(0, TURN, 31)
+    wobble = 1 + rng.uniform(0, 0.09) * np.sin(int(rng.integers(2, 4)) * theta + TURN * rng.random())
+    twists, offset = int(rng.integers(3, 6)), 0.0 if num_strands == 1 else rng.uniform(0.07, 0.1)
+    thickness = rng.uniform(0.11, 0.17) if num_strands == 1 else rng.uniform(0.075, 0.1)
+    bones = []
+    for strand in range(num_strands):
+        angle = twists * theta + TURN * strand / num_strands
+        points = _directions(theta) * (wobble * 0.78 + offset * np.cos(angle))[:, None]
+        lift = 0.1 * np.sin(0.5 * (angle[1:] + angle[:-1])) if num_strands > 1 else 0.0
+        radii = thickness * (1 + 0.12 * np.sin(4 * theta + strand))
+        bones.append(chain(points, radii, along=(0, 3), lift=lift))
+    if rng.random() < 0.4:
+        for angle in TURN * (np.arange(11) + rng.uniform(-0.3, 0.3, 11)) / 11:
+            root, tip = _directions(np.array([angle, angle + rng.uniform(0.1, 0.3)])) * [[0.8], [1.12]]
+            bones.append(chain(np.stack([root, tip]), thickness * np.array([0.6, 0.25]), part=LIMB, lift=-0.03))
+    return np.concatenate(bones)
+
+
+def jellyfish(rng: Generator) -> Bones:
+    opening, dome = rng.uniform(1.15, 1.6), rng.uniform(0.2, 0.28)
+    theta = np.linspace(-opening, opening, 11)
+    arc = np.stack([np.sin(theta) * rng.uniform(0.42, 0.55), -np.cos(theta) * rng.uniform(0.35, 0.5)], -1)
+    bones = [chain(arc, dome * (1.05 - 0.7 * (theta / opening) ** 2), lift=0.12)]
+    t = np.linspace(0, 1, 9)
+    num_tentacles, drift = int(rng.integers(5, 10)), rng.normal(0, 0.3)
+    for root in np.linspace(-0.42, 0.42, num_tentacles) + rng.uniform(-0.04, 0.04, num_tentacles):
+        wave = rng.uniform(0.03, 0.1) * np.sin(TURN * (rng.uniform(0.8, 1.8) * t + rng.random())) * (0.3 + t)
+        length = rng.uniform(0.8, 1.5)
+        points = np.stack([root * (1 + 0.35 * t) + wave + drift * t * t, -0.22 + length * t], -1)
+        bones.append(chain(points, rng.uniform(0.035, 0.055) * (1.1 - 0.75 * t), part=LIMB, lift=-0.1))
+    for root in (-0.09, 0.1):
+        wave = 0.08 * np.sin(TURN * (1.1 * t + rng.random()))
+        points = np.stack([root + wave + drift * t * t, -0.25 + rng.uniform(0.6, 1.0) * t], -1)
+        bones.append(chain(points, rng.uniform(0.08, 0.11) * (1.1 - 0.8 * t), along=(0, 2), lift=-0.02))
+    return np.concatenate(bones)
+
+
+def _bird_wing(rng: Generator, side: int, reach: float, raise_: float) -> Bones:
+    arm = np.array([[0.05, -0.16], [0.45, -0.34], [0.75, -0.26], [1.02, -0.12]])
+    arm[:, 1] += raise_ * arm[:, 0]
+    num_feathers = 9
+    t = np.linspace(0.1, 1, num_feathers)
+    roots = np.stack([np.interp(t, np.linspace(0, 1, 4), arm[:, axis]) for axis in (0, 1)], -1)
+    angles = np.pi / 2 + 0.25 - (0.3 + rng.uniform(0.6, 1.1)) * t**1.5
+    tips = roots + _directions(angles) * (rng.uniform(0.3, 0.44) * (0.8 + 0.3 * t))[:, None]
+    bones = [chain(arm, np.array([0.11, 0.075, 0.06, 0.03]), lift=0.05)]
+    for root, tip in zip(roots, tips, strict=True):
+        middle = 0.5 * (root + tip)
+        bones.append(chain(np.stack([root, middle, tip]), np.array([0.05, 0.065, 0.025]), part=LIMB, lift=-0.04))
+    wing = np.concatenate(bones)
+    wing[:, [AX, BX]] *= side * reach
+    return wing
+
+
+def bird(rng: Generator) -> Bones:
+    trunk = np.array([[0, -0.62], [0, -0.5], [0, -0.3], [0, -0.05], [0, 0.2], [0, 0.36]])
+    bones = [chain(trunk, rng.uniform(0.85, 1.2) * np.array([0.06, 0.1, 0.1, 0.14, 0.1, 0.05]), lift=0.08)]
+    bones.append(chain(np.array([[0, -0.64], [0, -0.76]]), np.array([0.04, 0.01]), part=EYE, lift=0.02))
+    raise_ = rng.normal(0, 0.25)
+    for side in (-1, 1):
+        bones.append(_bird_wing(rng, side, rng.uniform(0.55, 1.05), raise_ + rng.normal(0, 0.15)))
+    fan, length = rng.uniform(0.12, 0.4), rng.uniform(0.3, 0.5)
+    for spread in np.linspace(-fan, fan, 4):
+        tip = np.array([0, 0.3]) + _directions(np.array([np.pi / 2 + spread]))[0] * length
+        bones.append(chain(np.stack([[0, 0.3], tip]), np.array([0.05, 0.045]), part=LIMB, lift=-0.02))
+    return np.concatenate(bones)
+
+
+def pebble(rng: Generator) -> Bones:
+    points = rng.uniform(-0.5, 0.5, (3, 2)) * [1.0, 0.6]
+    return chain(points, rng.uniform(0.3, 0.55, 3))
+
+
+def leaf(rng: Generator) -> Bones:
+    t = np.linspace(0, 1, 9)
+    points = np.stack([2 * t - 1, rng.normal(0, 0.25) * np.sin(np.pi * t)], -1)
+    return chain(points, rng.uniform(0.22, 0.42) * np.sin(np.pi * (0.03 + 0.94 * t)) + 0.02, lift=-0.1)
+
+
+def twig(rng: Generator) -> Bones:
+    t = np.linspace(-1, 1, 7)
+    stem = np.stack([t, np.cumsum(rng.normal(0, 0.12, 7))], -1)
+    bones = [chain(stem, rng.uniform(0.04, 0.09) * (1.2 - 0.5 * (t + 1) / 2))]
+    for index in rng.choice(np.arange(1, 6), int(rng.integers(1, 4)), replace=False):
+        tip = stem[index] + [rng.uniform(0.15, 0.5), rng.choice([-1, 1]) * rng.uniform(0.2, 0.5)]
+        bones.append(chain(np.stack([stem[index], tip]), np.array([0.04, 0.015])))
+    return np.concatenate(bones)
+
+
+def tuft(rng: Generator) -> Bones:
+    """Blades of grass from one root."""
+    t = np.linspace(0, 1, 5)
+    bones = []
+    for lean in rng.normal(0, 0.5, int(rng.integers(3, 8))):
+        points = np.stack([rng.uniform(-0.25, 0.25) + lean * t * t, 1 - rng.uniform(1.2, 2.0) * t], -1)
+        bones.append(chain(points, rng.uniform(0.03, 0.055) * (1.1 - t) + 0.008))
+    return np.concatenate(bones)
+
+
+BODIES: tuple[Callable[[Generator], Bones], ...] = (starfish, gecko, wreath, jellyfish, bird)
+CLUTTER: tuple[Callable[[Generator], Bones], ...] = (pebble, pebble, leaf, twig, tuft)
+
+
+def pose(bones: Bones, rng: Generator, *, extent: float, center: tuple[float, float], angle: float) -> Bones:
+    """Bend the body by a smooth random field, foreshorten, turn, and fit its longer side to `extent` pixels at `center`."""
+    bones = bones.copy()
+    waves = rng.normal(0, 1.6, (2, 2, 2))
+    phases, amplitudes = TURN * rng.random((2, 2)), rng.uniform(0.0, 0.07, (2, 2))
+    squeeze, turn = rng.uniform(0.72, 1.0), TURN * rng.random()
+    cosine, sine = np.cos(turn), np.sin(turn)
+    foreshorten = np.array([[cosine, -sine], [sine, cosine]]) * [[1.0], [squeeze]]
+    rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    for x, y in ((AX, AY), (BX, BY)):
+        points = bones[:, [x, y]]
+        shift = sum(amplitudes[i] * np.sin(points[:, :1] * waves[i, 0] + points[:, 1:] * waves[i, 1] + phases[i]) for i in (0, 1))
+        for matrix in (foreshorten, rotate):
+            moved = points + (shift if matrix is foreshorten else 0)
+            points = np.stack([moved[:, 0] * row[0] + moved[:, 1] * row[1] for row in matrix], -1)  # no BLAS
+        bones[:, [x, y]] = points
+    bones[:, [RADIUS_A, RADIUS_B]] *= np.sqrt(squeeze)
+    left, top, right, bottom = bounds(bones)
+    scale = extent / max(right - left, bottom - top)
+    bones[:, [AX, BX]] = (bones[:, [AX, BX]] - 0.5 * (left + right)) * scale + center[0]
+    bones[:, [AY, BY]] = (bones[:, [AY, BY]] - 0.5 * (top + bottom)) * scale + center[1]
+    bones[:, [RADIUS_A, RADIUS_B]] = np.maximum(bones[:, [RADIUS_A, RADIUS_B]] * scale, 0.55)
+    bones[:, LIFT] *= scale
+    return bones
+
+
+def bounds(bones: Bones) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the body, radii included."""
+    low = [np.minimum(bones[:, a] - bones[:, RADIUS_A], bones[:, b] - bones[:, RADIUS_B]) for a, b in ((AX, BX), (AY, BY))]
+    high = [np.maximum(bones[:, a] + bones[:, RADIUS_A], bones[:, b] + bones[:, RADIUS_B]) for a, b in ((AX, BX), (AY, BY))]
+    return float(low[0].min()), float(low[1].min()), float(high[0].max()), float(high[1].max())
+
+
+def relief(bones: Bones, height: int, width: int) -> Relief | None:
+    """The posed body on the pixels of a (height, width) image, or None when it lies outside."""
+    left, top, right, bottom = bounds(bones)
+    x0, y0 = max(int(np.floor(left)) - 2, 0), max(int(np.floor(top)) - 2, 0)
+    x1, y1 = min(int(np.ceil(right)) + 2, width), min(int(np.ceil(bottom)) + 2, height)
+    if x1 - x0 < 3 or y1 - y0 < 3:
+        return None
+    shape = (y1 - y0, x1 - x0)
+    margin, surface = np.full(shape, -9, np.float32), np.full(shape, -1e6, np.float32)
+    along, across, part = (np.zeros(shape, np.float32) for _ in range(3))
+    bones = bones.copy()
+    bones[:, [AX, BX]] -= x0 - 0.5 + 1  # pixel centres lie at +0.5
+    bones[:, [AY, BY]] -= y0 - 0.5 + 1
+    for bone in bones.astype(np.float32):
+        _raise_bone(bone, margin, surface, along, across, part)
+    np.clip(margin + np.float32(0.5), 0, 1, out=margin)
+    np.maximum(surface, 0, out=surface)
+    return Relief(y0, x0, margin, surface, along, across, part)
+
+
+def _raise_bone(bone, margin: Array32, surface: Array32, along: Array32, across: Array32, part: Array32) -> None:
+    """Add one bone to the buffers (in place), touching only the pixels around it."""
+    ax, ay, bx, by, radius_a, radius_b, u_a, u_b, lift, kind = bone
+    reach = max(radius_a, radius_b) + 2
+    rows, columns = margin.shape
+    x0, x1 = max(int(min(ax, bx) - reach), 0), min(int(max(ax, bx) + reach) + 2, columns)
+    y0, y1 = max(int(min(ay, by) - reach), 0), min(int(max(ay, by) + reach) + 2, rows)
+    if x0 >= x1 or y0 >= y1:
+        return
+    window = (slice(y0, y1), slice(x0, x1))
+    x = np.arange(x0, x1, dtype=np.float32)[None, :] - ax
+    y = np.arange(y0, y1, dtype=np.float32)[:, None] - ay
+    dx, dy = bx - ax, by - ay
+    squared_length = max(dx * dx + dy * dy, np.float32(1e-6))
+    t = np.clip((x * (dx / squared_length)) + (y * (dy / squared_length)), 0, 1)
+    off_x, off_y = x - t * dx, y - t * dy
+    distance = np.sqrt(off_x * off_x + off_y * off_y)
+    radius = radius_a + t * (radius_b - radius_a)
+    inside = radius - distance
+    rise = np.sqrt(np.maximum(inside * (radius + distance), 0)) + np.minimum(inside, 0) + lift
+    np.maximum(margin[window], inside, out=margin[window])
+    higher = rise > surface[window]
+    side = np.where(x * dy > y * dx, np.float32(1), np.float32(-1))
+    np.copyto(surface[window], rise, where=higher)
+    np.copyto(along[window], u_a + t * (u_b - u_a), where=higher)
+    np.copyto(across[window], side * distance / radius, where=higher)
+    np.copyto(part[window], kind, where=higher)
