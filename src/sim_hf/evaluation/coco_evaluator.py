@@ -1,0 +1,320 @@
+"""COCO mask AP and box AP of predictions, computed by pycocotools behind a door that lets nothing wrong in.
+
+Shape letters: n predictions of an image, H W its rows and columns; T IoU thresholds, R recall levels, K categories,
+A area ranges, M values of `max_detections`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sim_hf.data.masks import decode_segmentation, encode_rle
+from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
+
+AREAS = ("all", "small", "medium", "large")  # pycocotools' order
+IOU_TYPES = ("segm", "bbox")
+
+
+class CocoEvaluator:
+    """Collects predictions image by image and gives COCO's numbers.
+
+    ground_truth: anything `coco_ground_truth` takes. category_ids: label -> original category id. max_detections: AP and the
+    AR of the area ranges are at the last. only_seen: evaluate the images that were given to `update`, instead of all.
+
+    Every category of the ground truth counts, as in COCO's own evaluation: one the model cannot predict has AP 0. Box AP is
+    that of the predicted masks' own boxes, where there are masks.
+    """
+
+    def __init__(
+        self,
+        ground_truth: Any,
+        category_ids: Sequence[int],
+        *,
+        max_detections: Sequence[int] = (1, 10, 100),
+        only_seen: bool = False,
+    ) -> None:
+        is_clean = isinstance(ground_truth, Mapping) and "has_masks" in ground_truth
+        self.ground_truth = ground_truth if is_clean else coco_ground_truth(ground_truth)
+        self.category_ids = _checked_category_ids(category_ids, self.ground_truth["categories"])
+        self.max_detections = sorted({int(count) for count in max_detections})
+        if not self.max_detections or self.max_detections[0] < 1:
+            raise ValueError(f"max_detections must be positive counts, got {tuple(max_detections)}")
+        self.only_seen = only_seen
+        self._image_sizes = {image["id"]: (image["height"], image["width"]) for image in self.ground_truth["images"]}
+        self._results_by_image: dict[int, list[dict[str, Any]]] = {}
+        self._is_synchronized = False
+
+    def update(self, image_id: int | torch.Tensor, result: Mapping[str, Any]) -> None:
+        """Add an image's predictions: `scores` (n,), `labels` (n,), and `masks` (n, H, W) bool or `rles` (n run lengths), or
+        without masks `boxes` (n, 4) xyxy. Masks become run lengths at once. An image that comes again is a padded repeat of
+        the last batch and is left out."""
+        image_id = as_id(image_id.item() if isinstance(image_id, torch.Tensor) else image_id, "image_id")
+        if image_id not in self._image_sizes:
+            raise ValueError(f"image {image_id} is not in the ground truth ({len(self._image_sizes)} images)")
+        if image_id in self._results_by_image:
+            return
+        results = to_coco_results(image_id, result, self.category_ids)
+        for position, prediction in enumerate(results):
+            size = prediction.get("segmentation", {}).get("size")
+            if size is not None and tuple(size) != self._image_sizes[image_id]:
+                raise ValueError(
+                    f"image {image_id}: predicted mask {position} has (height, width) {tuple(size)}, "
+                    f"the image has {self._image_sizes[image_id]}"
+                )
+        self._results_by_image[image_id] = results
+        self._is_synchronized = False
+
+    def synchronize(self) -> None:
+        """Give every rank the predictions of all ranks, each image once. Call it on all ranks; alone it does nothing."""
+        if _world_size() > 1:
+            gathered: list[Any] = [None] * _world_size()
+            torch.distributed.all_gather_object(gathered, self._results_by_image)
+            merged: dict[int, list[dict[str, Any]]] = {}
+            for results_by_image in gathered:
+                for image_id, results in results_by_image.items():
+                    merged.setdefault(image_id, results)
+            self._results_by_image = merged
+        self._is_synchronized = True
+
+    def coco_results(self) -> list[dict[str, Any]]:
+        """All predictions in COCO's results format, by image id, then in the order they were given."""
+        return [result for _, results in sorted(self._results_by_image.items()) for result in results]
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the numbers must know, or None."""
+        notes = [self._mask_note(), *self._coverage_notes()]
+        return " ".join(note for note in notes if note) or None
+
+    def compute(self, *, per_class: bool = False) -> dict[str, float | None]:
+        """COCO's numbers, 0 to 1, under `segm/...` and `bbox/...`: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10,
+        AR100 (those of `max_detections`), AR_small, AR_medium, AR_large; with `per_class` also `AP/<category name>`.
+
+        None where there is nothing to measure: no such instance in the ground truth, or no masks (then `note` says why).
+        """
+        if _world_size() > 1 and not self._is_synchronized:
+            raise RuntimeError("compute() before synchronize() would count only this rank's images")
+        metrics: dict[str, float | None] = {}
+        for iou_type in IOU_TYPES:
+            is_measurable = self._evaluated_image_ids() and not (iou_type == "segm" and self._mask_note())
+            evaluation = self._evaluate(iou_type) if is_measurable else None
+            values = self._summarize(evaluation, per_class)
+            metrics |= {f"{iou_type}/{key}": value for key, value in values.items()}
+        return metrics
+
+    def _evaluated_image_ids(self) -> list[int]:
+        return sorted(self._results_by_image) if self.only_seen else sorted(self._image_sizes)
+
+    def _evaluate(self, iou_type: str) -> COCOeval:
+        predictions = [dict(result) for result in self.coco_results()]
+        for number, prediction in enumerate(predictions, start=1):
+            # loadRes would take the box area for both, as soon as a result has a box: other numbers for AP_small etc.
+            if iou_type == "segm":
+                prediction["area"] = float(coco_mask.area(prediction["segmentation"]))
+            else:
+                prediction["area"] = prediction["bbox"][2] * prediction["bbox"][3]
+            prediction |= {"id": number, "iscrowd": 0}
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            evaluation = COCOeval(self._index(self.ground_truth["annotations"]), self._index(predictions), iou_type)
+            evaluation.params.imgIds = self._evaluated_image_ids()  # an empty list would mean all
+            evaluation.params.maxDets = list(self.max_detections)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return evaluation
+
+    def _index(self, annotations: Iterable[Mapping[str, Any]]) -> COCO:
+        coco = COCO()
+        coco.dataset = {
+            "images": self.ground_truth["images"],
+            "categories": self.ground_truth["categories"],
+            "annotations": [dict(annotation) for annotation in annotations],  # COCOeval writes into them
+        }
+        coco.createIndex()
+        return coco
+
+    def _summarize(self, evaluation: COCOeval | None, per_class: bool) -> dict[str, float | None]:
+        """pycocotools' own summary knows only maxDets (1, 10, 100): the same means, read from its arrays."""
+        precision_TRKAM = np.array([]) if evaluation is None else evaluation.eval["precision"]
+        recall_TKAM = np.array([]) if evaluation is None else evaluation.eval["recall"]
+
+        def average(values: np.ndarray, *index: Any) -> float | None:
+            if evaluation is None:
+                return None
+            counted = values[index][values[index] > -1]
+            return float(counted.mean()) if counted.size else None
+
+        every, last = slice(None), -1
+        summary = {
+            "AP": average(precision_TRKAM, every, every, every, 0, last),
+            "AP50": average(precision_TRKAM, 0, every, every, 0, last),
+            "AP75": average(precision_TRKAM, 5, every, every, 0, last),
+        }
+        for area, name in enumerate(AREAS[1:], start=1):
+            summary[f"AP_{name}"] = average(precision_TRKAM, every, every, every, area, last)
+        for position, count in enumerate(self.max_detections):
+            summary[f"AR{count}"] = average(recall_TKAM, every, every, 0, position)
+        for area, name in enumerate(AREAS[1:], start=1):
+            summary[f"AR_{name}"] = average(recall_TKAM, every, every, area, last)
+        if per_class:
+            for position, name in enumerate(_class_names(self.ground_truth["categories"])):
+                summary[f"AP/{name}"] = average(precision_TRKAM, every, every, position, 0, last)
+        return summary
+
+    def _mask_note(self) -> str | None:
+        """Why there is no mask AP, or None."""
+        missing, total = self.ground_truth["num_without_mask"], len(self.ground_truth["annotations"])
+        if total == 0:
+            return "The ground truth has no annotations."
+        if not self.ground_truth["has_masks"]:
+            some = f" ({'; '.join(self.ground_truth['mask_problems'])})" if 0 < missing < total else ""
+            return (
+                f"No mask AP: {missing} of {total} annotations have no usable mask{some}. "
+                "The box numbers are those of the predicted masks' own boxes, which is not mask AP."
+            )
+        without = sum("segmentation" not in result for result in self.coco_results())
+        return f"No mask AP: {without} predictions have no mask." if without else None
+
+    def _coverage_notes(self) -> list[str]:
+        notes = []
+        unseen = len(self._image_sizes) - len(self._results_by_image)
+        if unseen and not self.only_seen:
+            notes.append(f"{unseen} of {len(self._image_sizes)} images had no prediction step and count as empty.")
+        if unseen and self.only_seen:
+            notes.append(f"Only {len(self._results_by_image)} of {len(self._image_sizes)} images were evaluated.")
+        if not any(self._results_by_image.values()):
+            notes.append("There are no predictions.")
+        annotated = {annotation["category_id"] for annotation in self.ground_truth["annotations"]}
+        unknown = sorted(annotated - set(self.category_ids))
+        if unknown:
+            notes.append(f"The model has no label for the categories {unknown}; they count with AP 0.")
+        return notes
+
+
+def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """An image's predictions as COCO results: original category ids, `segmentation` as run lengths ready for JSON, `bbox`
+    xywh: the mask's own box, or the given one where there is no mask.
+
+    With pycocotools' `loadRes`, which takes area from `bbox` when a result has one, drop `bbox` for mask AP by size.
+    """
+    scores_n, labels_n = _numbers(result, "scores", image_id), _numbers(result, "labels", image_id)
+    if scores_n.ndim != 1 or scores_n.shape != labels_n.shape:
+        raise ValueError(f"image {image_id}: scores {scores_n.shape} and labels {labels_n.shape} must both be (n,)")
+    bad_labels = [label for label in labels_n.tolist() if label != int(label) or not 0 <= label < len(category_ids)]
+    if bad_labels:
+        raise ValueError(f"image {image_id}: label {bad_labels[0]} is not among the {len(category_ids)} known labels")
+    count = len(scores_n)
+    boxes_n4 = _numbers(result, "boxes", image_id) if result.get("boxes") is not None else None
+    if boxes_n4 is not None and boxes_n4.shape != (count, 4) and not boxes_n4.size == count == 0:
+        raise ValueError(f"image {image_id}: boxes must be ({count}, 4) xyxy, got {boxes_n4.shape}")
+    rles = _run_lengths(result, image_id)
+    if rles is not None and len(rles) != count:
+        raise ValueError(f"image {image_id}: {len(rles)} masks for {count} scores")
+    if rles is None and boxes_n4 is None:
+        raise ValueError(f"image {image_id}: a result needs masks, rles or boxes, got {sorted(result)}")
+    predictions = []
+    for position in range(count):
+        prediction = {
+            "image_id": int(image_id),
+            "category_id": int(category_ids[int(labels_n[position])]),
+            "score": float(scores_n[position]),
+        }
+        if rles is not None:
+            prediction["segmentation"] = rles[position]
+            prediction["bbox"] = coco_mask.toBbox(rles[position]).tolist()
+        elif boxes_n4 is not None:
+            x1, y1, x2, y2 = boxes_n4[position].tolist()
+            prediction["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+        predictions.append(prediction)
+    return predictions
+
+
+def from_coco_results(results: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """COCO results -> image id -> what `CocoEvaluator.update` takes: scores, labels, and `rles` or `boxes` xyxy (float64)."""
+    label_of = {int(category_id): label for label, category_id in enumerate(category_ids)}
+    by_image: dict[int, list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_image.setdefault(as_id(result["image_id"], "image_id"), []).append(result)
+    converted = {}
+    for image_id, group in by_image.items():
+        unknown = {result["category_id"] for result in group} - set(label_of)
+        if unknown:
+            raise ValueError(f"image {image_id}: category {min(unknown)} of the results is not among the known ones")
+        fields: dict[str, Any] = {
+            "scores": torch.tensor([result["score"] for result in group], dtype=torch.float64),
+            "labels": torch.tensor([label_of[result["category_id"]] for result in group]),
+        }
+        with_masks = sum("segmentation" in result for result in group)
+        if with_masks not in (0, len(group)):
+            raise ValueError(f"image {image_id}: {with_masks} of {len(group)} results have a segmentation")
+        if with_masks:
+            fields["rles"] = [result["segmentation"] for result in group]
+        else:
+            boxes_n4 = torch.tensor([result["bbox"] for result in group], dtype=torch.float64).reshape(-1, 4)
+            boxes_n4[:, 2:] += boxes_n4[:, :2]
+            fields["boxes"] = boxes_n4
+        converted[image_id] = fields
+    return converted
+
+
+def _numbers(result: Mapping[str, Any], field: str, image_id: int) -> np.ndarray:
+    """A field as finite float64 numbers. pycocotools counts NaN scores and boxes as matches."""
+    if result.get(field) is None:
+        raise ValueError(f"image {image_id}: the result has no {field!r}, it has {sorted(result)}")
+    values = torch.as_tensor(result[field]).detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"image {image_id}: {field} are not all finite")
+    return values
+
+
+def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[dict[str, Any]] | None:
+    masks_nHW, rles = result.get("masks"), result.get("rles")
+    if rles is not None:
+        checked = []
+        for position, rle in enumerate(rles):
+            try:
+                height, width = rle["size"]
+                checked.append(encode_rle(decode_segmentation(dict(rle), int(height), int(width))))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"image {image_id}: run lengths {position} are broken: {error}") from error
+        return checked
+    if masks_nHW is None:
+        return None
+    masks_nHW = torch.as_tensor(masks_nHW).detach()
+    if masks_nHW.dtype != torch.bool or masks_nHW.ndim != 3:
+        raise ValueError(f"image {image_id}: masks must be bool (n, H, W), got {masks_nHW.dtype} {tuple(masks_nHW.shape)}")
+    return [encode_rle(mask_HW) for mask_HW in masks_nHW.cpu().numpy()]
+
+
+def _checked_category_ids(category_ids: Sequence[int], categories: Sequence[Mapping[str, Any]]) -> list[int]:
+    ids = [as_id(category_id, "category id") for category_id in category_ids]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"category_ids must be different from one another, got {ids}")
+    unknown = sorted(set(ids) - {category["id"] for category in categories})
+    if unknown:
+        raise ValueError(f"category ids {unknown} are not among the categories of the ground truth")
+    return ids
+
+
+def _class_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names in COCOeval's order (by id); a name that two categories share gets its id."""
+    ordered = sorted(categories, key=lambda category: category["id"])
+    names = [str(category.get("name", category["id"])) for category in ordered]
+    return [
+        name if names.count(name) == 1 else f"{name} ({category['id']})" for name, category in zip(names, ordered, strict=True)
+    ]
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
