@@ -1,0 +1,1 @@
+"""Networks: one folder per architecture, each a flat slice that imports nothing else of this package."""

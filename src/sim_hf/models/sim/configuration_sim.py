@@ -1,0 +1,111 @@
+"""SIMConfig: a Mask2Former configuration with our few extra fields, and the named presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import Mask2FormerConfig, PreTrainedConfig, ResNetConfig, SwinConfig, TimmBackboneConfig
+
+from .backbone_config import resolve_backbone_config
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+@strict
+class SIMConfig(Mask2FormerConfig):
+    """Configuration of `SIMForInstanceSegmentation`.
+
+    Every field of `Mask2FormerConfig` keeps its meaning. freeze_batch_norm: the backbone's BatchNorm layers keep their
+    running statistics in training (their scale and shift still learn); turn it off for a backbone without pretrained
+    weights. category_ids: label -> the data set's own category id (COCO's ids have gaps), or None.
+    """
+
+    model_type = "sim"
+    keys_to_ignore_at_inference = (
+        "mask_features",
+        "auxiliary_logits",
+        "encoder_last_hidden_state",
+        "pixel_decoder_last_hidden_state",
+        "transformer_decoder_last_hidden_state",
+        "encoder_hidden_states",
+        "pixel_decoder_hidden_states",
+        "transformer_decoder_hidden_states",
+        "attentions",
+    )
+
+    freeze_batch_norm: bool = True
+    category_ids: list[int] | None = None
+
+    def validate_architecture(self) -> None:
+        # Skips Mask2FormerConfig's own check, which only warns that a backbone other than Swin is unusual; here it is not.
+        super(Mask2FormerConfig, self).validate_architecture()
+        if self.category_ids is not None and len(self.category_ids) != self.num_labels:
+            raise ValueError(f"category_ids must name one id per label ({self.num_labels}), got {len(self.category_ids)} ids")
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        id2label: Mapping[int, str] | None = None,
+        backbone: str | Mapping[str, Any] | PreTrainedConfig | None = None,
+        **overrides: Any,
+    ) -> SIMConfig:
+        """The configuration called `name` (see `PRESETS`), with another backbone or other fields if given.
+
+        backbone: a backbone configuration (object or dict), a transformers model type ("convnext", "dinov2") or a timm
+        model ("timm:convnext_tiny"). Nothing is downloaded.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+        fields = {**PRESETS[name], **overrides}
+        if backbone is not None:
+            fields["backbone_config"] = resolve_backbone_config(backbone)
+        # A preset is shared by all configurations made from it, so each gets its own copy of the backbone part.
+        backbone_config = fields["backbone_config"]
+        if isinstance(backbone_config, PreTrainedConfig):
+            fields["backbone_config"] = type(backbone_config).from_dict(backbone_config.to_dict())
+        if id2label is not None:
+            names = {int(label): str(text) for label, text in id2label.items()}
+            if sorted(names) != list(range(len(names))):
+                raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
+            fields["id2label"] = names
+            fields["label2id"] = {text: label for label, text in names.items()}
+        return cls(**fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Small enough to train on a CPU in minutes: 3 M parameters, 256 px images.
+    "tiny": {
+        "backbone_config": TimmBackboneConfig(backbone="mobilenetv2_100", out_indices=[1, 2, 3, 4]),
+        "feature_size": 128,
+        "mask_feature_size": 128,
+        "hidden_dim": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 5,  # counts the prediction before the first layer, as in Mask2FormerConfig: 4 real layers
+        "num_attention_heads": 4,
+        "encoder_feedforward_dim": 512,
+        "dim_feedforward": 512,
+        "num_queries": 30,
+    },
+    "r50": {"backbone_config": ResNetConfig(depths=[3, 4, 6, 3], out_features=STAGES)},
+    "r101": {"backbone_config": ResNetConfig(depths=[3, 4, 23, 3], out_features=STAGES)},
+    "swin-t": {
+        "backbone_config": SwinConfig(
+            embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], drop_path_rate=0.3, out_features=STAGES
+        )
+    },
+    "swin-b": {
+        "backbone_config": SwinConfig(
+            image_size=384,
+            window_size=12,
+            embed_dim=128,
+            depths=[2, 2, 18, 2],
+            num_heads=[4, 8, 16, 32],
+            drop_path_rate=0.3,
+            out_features=STAGES,
+        )
+    },
+}

@@ -1,0 +1,194 @@
+"""SIMImageProcessor: images to the network's inputs, and its outputs to instances on the original images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import ModelOutput
+
+from .instance_postprocessing import image_instances
+
+PRESET_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"longest_edge": 256},
+    "r50": {"shortest_edge": 800, "longest_edge": 1333},
+    "r101": {"shortest_edge": 800, "longest_edge": 1333},
+    "swin-t": {"shortest_edge": 800, "longest_edge": 1333},
+    "swin-b": {"shortest_edge": 800, "longest_edge": 1333},
+}
+
+
+class SIMImageProcessorKwargs(ImagesKwargs, total=False):
+    """size_divisor: heights and widths of a batch are rounded up to it. mask_stride: input pixels per mask cell."""
+
+    size_divisor: int
+    mask_stride: int
+
+
+class SIMImageProcessor(TorchvisionBackend):
+    """Resize with the aspect ratio kept, normalise, pad at the bottom and the right."""
+
+    valid_kwargs = SIMImageProcessorKwargs
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = PRESET_SIZES["r50"]
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    do_convert_rgb = True
+    size_divisor = 32
+    mask_stride = 4
+    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> SIMImageProcessor:
+        """The processor that belongs to `SIMConfig.from_preset(name)`."""
+        if name not in PRESET_SIZES:
+            raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESET_SIZES)}")
+        return cls(**{"size": PRESET_SIZES[name], **overrides})
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after resizing: the long side `longest_edge`, the short side at most `shortest_edge`."""
+        return _resized_size(height, width, self.size)
+
+    def process_image(self, image: ImageInput, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = _to_rgb(image)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
+            image = (image // 257).astype(np.uint8)
+        return super().process_image(image, *args, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        do_pad: bool,
+        size_divisor: int,
+        return_tensors: str | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        processed = []
+        for image in images:
+            if do_resize:
+                image = self._resize(image, size, resample)
+            processed.append(self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std))
+        input_sizes = [tuple(image.shape[-2:]) for image in processed]
+        masks = [
+            torch.ones(input_size, dtype=torch.int64, device=x.device)
+            for input_size, x in zip(input_sizes, processed, strict=True)
+        ]
+        if do_pad and images:
+            height, width = (-(-max(sizes) // size_divisor) * size_divisor for sizes in zip(*input_sizes, strict=True))
+            processed = [_pad(image, height, width) for image in processed]
+            masks = [_pad(mask, height, width) for mask in masks]
+        data = {
+            "pixel_values": processed,
+            "pixel_mask": masks,
+            "original_sizes": original_sizes,
+            "input_sizes": input_sizes,
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _resize(self, image: Tensor, size: SizeDict, resample: Any) -> Tensor:
+        if size.height and size.width:
+            return self.resize(image, size=size, resample=resample)
+        height, width = _resized_size(*image.shape[-2:], size)
+        return self.resize(image, size=SizeDict(height=height, width=width), resample=resample)
+
+    @torch.no_grad()
+    def post_process_instance_segmentation(
+        self,
+        outputs: ModelOutput,
+        original_sizes: Tensor | list[tuple[int, int]],
+        input_sizes: Tensor | list[tuple[int, int]],
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        max_instances: int = 100,
+    ) -> list[dict[str, Tensor]]:
+        """Instances per image, best first: `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy and `masks` (n, H, W) bool.
+
+        original_sizes, input_sizes: (height, width) of each image before resizing and before padding, as this processor
+        returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former);
+        one query may appear for several classes. Masks may overlap; a box is the tight box of its mask.
+        """
+        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        originals = _sizes("original_sizes", original_sizes, len(mask_logits))
+        inputs = _sizes("input_sizes", input_sizes, len(mask_logits))
+        return [
+            image_instances(
+                class_logits[index].float(),
+                mask_logits[index].float(),
+                original_size=originals[index],
+                input_size=inputs[index],
+                stride=self.mask_stride,
+                threshold=threshold,
+                mask_threshold=mask_threshold,
+                max_instances=max_instances,
+            )
+            for index in range(len(mask_logits))
+        ]
+
+
+def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    if size.height and size.width:
+        return size.height, size.width
+    scales = []
+    if size.longest_edge:
+        scales.append(size.longest_edge / max(height, width))
+    if size.shortest_edge:
+        scales.append(size.shortest_edge / min(height, width))
+    if not scales:
+        raise ValueError(f"size must give 'longest_edge', 'shortest_edge' or 'height' and 'width', got {dict(size)}")
+    scale = min(scales)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright (EXIF), 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image)
+        image = canvas
+    return image.convert("RGB")
+
+
+def _pad(image: Tensor, height: int, width: int) -> Tensor:
+    return transforms.pad(image[None], [0, 0, width - image.shape[-1], height - image.shape[-2]])[0]
+
+
+def _sizes(name: str, sizes: Tensor | list[tuple[int, int]], batch_size: int) -> list[tuple[int, int]]:
+    rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    pairs = [(int(row[0]), int(row[1])) for row in rows]
+    if len(pairs) != batch_size:
+        raise ValueError(f"{name} must hold one (height, width) per image ({batch_size}), got {len(pairs)}")
+    return pairs

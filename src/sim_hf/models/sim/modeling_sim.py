@@ -1,0 +1,201 @@
+"""SIMForInstanceSegmentation: transformers' Mask2Former with the padding honoured, on the same weights.
+
+Every parameter has the name it has in Mask2FormerForUniversalSegmentation, so its checkpoints load unchanged. The loss is
+not part of the model: training computes it from the outputs.
+
+Shape letters: B images, Q queries, K classes, C channels, H and W rows and columns of the input, h and w of the mask grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerModelOutput,
+    Mask2FormerPreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_sim import SIMConfig
+from .masked_attention import SIMTransformerModule
+from .padding import clear_padding
+from .pixel_decoder import SIMPixelLevelModule
+
+
+@dataclass
+class SIMForInstanceSegmentationOutput(ModelOutput):
+    """What `SIMForInstanceSegmentation` returns.
+
+    class_queries_logits: (B, Q, K + 1), the last class is "no object". masks_queries_logits: (B, Q, h, w) at stride 4.
+    mask_features: (B, C, h, w), the pixel decoder's features that the masks are made of. auxiliary_logits: the
+    predictions before the last one, when asked for. The other fields are Mask2Former's. loss stays None.
+    """
+
+    loss: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    mask_features: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
+    config: SIMConfig
+    config_class = SIMConfig
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "SIMPixelDecoderEncoderLayer"]  # noqa: RUF012
+    # The class weights of a stock checkpoint's loss; our weights hold inference only.
+    _keys_to_ignore_on_load_unexpected = [r"criterion\..*"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            # Mask2Former draws the scale from normal(0, 0.02), which silences a backbone that is trained from scratch.
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class SIMModel(SIMPreTrainedModel):
+    """Backbone, pixel decoder and transformer decoder, without the class head."""
+
+    def __init__(self, config: SIMConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = SIMPixelLevelModule(config)
+        self.transformer_module = SIMTransformerModule(in_features=config.feature_size, config=config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Mask2FormerModelOutput | tuple:
+        """pixel_values: (B, 3, H, W); pixel_mask: (B, H, W), nonzero where there is image.
+
+        `masks_queries_logits` holds the last prediction, or all of them with `output_auxiliary_logits`.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = bool(config.output_auxiliary_logits)
+        return_dict = config.return_dict if return_dict is None else return_dict
+
+        valid_BHW = _valid_pixels(pixel_values, pixel_mask)
+        pixel_values = pixel_values.to(self.dtype)
+        if valid_BHW is not None:
+            pixel_values = pixel_values.masked_fill(~valid_BHW[:, None], 0.0)
+        pixels = self.pixel_level_module(pixel_values, valid_BHW)
+        decoded = self.transformer_module(
+            multi_scale_features=pixels.decoder_hidden_states,
+            mask_features=pixels.decoder_last_hidden_state,
+            valid_BHW=valid_BHW,
+            output_auxiliary_masks=output_auxiliary_logits,
+            output_attentions=output_attentions,
+        )
+        masks = decoded.masks_queries_logits
+        if valid_BHW is not None and not self.training:
+            masks = tuple(clear_padding(mask_logits, valid_BHW) for mask_logits in masks)
+        output = Mask2FormerModelOutput(
+            encoder_last_hidden_state=pixels.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=pixels.decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=decoded.last_hidden_state,
+            encoder_hidden_states=pixels.encoder_hidden_states if output_hidden_states else None,
+            pixel_decoder_hidden_states=pixels.decoder_hidden_states if output_hidden_states else None,
+            transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
+            transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
+            masks_queries_logits=masks,
+            attentions=decoded.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class SIMForInstanceSegmentation(SIMPreTrainedModel):
+    """`SIMModel` with a class head: per query a class and a mask."""
+
+    def __init__(self, config: SIMConfig) -> None:
+        super().__init__(config)
+        self.model = SIMModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SIMForInstanceSegmentationOutput | tuple:
+        """pixel_values: (B, 3, H, W) normalised; pixel_mask: (B, H, W), nonzero where there is image, None for everywhere.
+
+        What stands in the padding has no influence. In evaluation mode no mask reaches into it; in training mode its
+        logits are left as they are, so their gradient is not cut.
+        """
+        if labels is not None:
+            raise ValueError(
+                "SIMForInstanceSegmentation computes no loss; SIMTrainer (or the training step) does, so keep `labels`"
+                " out of the model's inputs"
+            )
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = bool(self.config.output_auxiliary_logits)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            output_auxiliary_logits=output_auxiliary_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        states = outputs.transformer_decoder_intermediate_states
+        auxiliary_logits = None
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"class_queries_logits": self._classify(state), "masks_queries_logits": mask_logits}
+                for state, mask_logits in zip(states[:-1], outputs.masks_queries_logits[:-1], strict=True)
+            ]
+        output = SIMForInstanceSegmentationOutput(
+            class_queries_logits=self._classify(states[-1]),
+            masks_queries_logits=outputs.masks_queries_logits[-1],
+            mask_features=outputs.pixel_decoder_last_hidden_state,
+            auxiliary_logits=auxiliary_logits,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states,
+            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _classify(self, states_QBC: Tensor) -> Tensor:
+        return self.class_predictor(states_QBC.transpose(0, 1))
+
+
+def _valid_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor | None:
+    if pixel_mask is None:
+        return None
+    expected = (pixel_values.shape[0], *pixel_values.shape[-2:])
+    if tuple(pixel_mask.shape) != expected:
+        raise ValueError(f"pixel_mask must be (B, H, W) = {expected} like the images, got {tuple(pixel_mask.shape)}")
+    return pixel_mask.bool()

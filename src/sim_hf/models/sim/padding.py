@@ -1,0 +1,57 @@
+"""What padding means on each grid of the network: which cells are image, where they are, and what masks are there.
+
+Shape letters: B images, C channels, Q queries, H and W rows and columns of the input or of a feature map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# sigmoid(-30) is 1e-13: no mask in the padding, and sums over it stay finite in float16.
+PADDING_LOGIT = -30.0
+_TEMPERATURE = 10000.0
+_EPSILON = 1e-6
+
+
+def downsample_valid(valid_BHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The cells of a coarser grid that are image -> (B, h, w) bool.
+
+    Nearest sampling reads each cell's first pixel, so with padding at the bottom and the right a cell counts as soon as
+    it holds one image pixel.
+    """
+    return nn.functional.interpolate(valid_BHW[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
+
+
+def sine_position_embedding(
+    valid_BHW: Tensor | None, size: tuple[int, int], num_channels: int, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """DETR's sine embedding of where a cell lies inside the image -> (B or 1, num_channels, h, w).
+
+    Positions are fractions of the image without its padding, so they do not depend on what it was batched with. Equal
+    to Mask2FormerSinePositionEmbedding when everything is image; computed in float32 for any `dtype`.
+    """
+    if valid_BHW is None:
+        valid_BHW = torch.ones(1, *size, device=device)
+    present_BHW = valid_BHW.float()
+    y_BHW, x_BHW = present_BHW.cumsum(1), present_BHW.cumsum(2)
+    y_BHW = y_BHW / (y_BHW[:, -1:, :] + _EPSILON) * (2 * math.pi)
+    x_BHW = x_BHW / (x_BHW[:, :, -1:] + _EPSILON) * (2 * math.pi)
+
+    half = num_channels // 2
+    channels = torch.arange(half, device=device)
+    wavelengths = _TEMPERATURE ** (2 * torch.div(channels, 2, rounding_mode="floor").float() / half)
+
+    def waves(position_BHW: Tensor) -> Tensor:
+        angle_BHWC = position_BHW[..., None] / wavelengths
+        return torch.stack((angle_BHWC[..., 0::2].sin(), angle_BHWC[..., 1::2].cos()), dim=-1).flatten(3)
+
+    return torch.cat((waves(y_BHW), waves(x_BHW)), dim=3).permute(0, 3, 1, 2).to(dtype)
+
+
+def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
+    """Mask logits with no mask in the padding -> (B, Q, h, w)."""
+    valid_BhW = downsample_valid(valid_BHW, mask_logits_BQHW.shape[-2:])
+    return mask_logits_BQHW.masked_fill(~valid_BhW[:, None], PADDING_LOGIT)
