@@ -139,7 +139,7 @@ class MemoryBank:
             if has_mask:
                 mask_HW, score = real_masks_GHW[g, crop[1] : crop[3], crop[0] : crop[2]], REAL_MASK_SCORE
             else:
-                mask_HW = _crop_upsampled(probabilities_GHW[g], crop, targets.input_size) > self.mask_threshold
+                mask_HW = _crop_upsampled(probabilities_GHW[g], box, crop, targets.input_size) > self.mask_threshold
                 score = scores[g]
             instance = self._make_instance(images_BCHW[image_id], mask_HW, crop, labels[g], score)
             if instance is not None:
@@ -268,19 +268,31 @@ def _pixel_box(box: Sequence[float], height: int, width: int) -> tuple[int, int,
     return x1, y1, max(min(round(box[2]), width), x1), max(min(round(box[3]), height), y1)
 
 
-def _crop_upsampled(probabilities_HW: Tensor, crop: tuple[int, int, int, int], input_size: tuple[int, int]) -> Tensor:
-    """A crop of the map as if all of it were upsampled to the input (bilinear); only cells around the crop are touched."""
+def _crop_upsampled(
+    probabilities_HW: Tensor, box: Sequence[float], crop: tuple[int, int, int, int], input_size: tuple[int, int]
+) -> Tensor:
+    """The map inside a box, bilinearly upsampled to the pixels of `crop` (x1, y1, x2, y2; the box in whole pixels).
+
+    Only cells of the box itself are asked, its border cells are continued outwards: maps are zero outside of their box, which
+    would gnaw at the border of every mask that reaches it.
+    """
     height, width = probabilities_HW.shape
     stride = input_size[0] // height
     if (height * stride, width * stride) != tuple(input_size):
         raise ValueError(f"mask grid {(height, width)} is not the input {tuple(input_size)} divided by a whole stride")
     x1, y1, x2, y2 = crop
-    left, top = max(x1 // stride - 1, 0), max(y1 // stride - 1, 0)  # one cell more: the neighbour that bilinear needs
-    window_HW = probabilities_HW[top : -(-y2 // stride) + 1, left : -(-x2 // stride) + 1]
-    if 0 in window_HW.shape:
-        return probabilities_HW.new_zeros(max(y2 - y1, 0), max(x2 - x1, 0))
-    pixels_HW = F.interpolate(window_HW[None, None], scale_factor=stride, mode="bilinear", align_corners=False)[0, 0]
-    return pixels_HW[y1 - top * stride : y2 - top * stride, x1 - left * stride : x2 - left * stride]
+    top, bottom = _cells(box[1], box[3], height, stride)
+    left, right = _cells(box[0], box[2], width, stride)
+    window_11HW = F.pad(probabilities_HW[None, None, top:bottom, left:right], (1, 1, 1, 1), mode="replicate")
+    pixels_HW = F.interpolate(window_11HW, scale_factor=stride, mode="bilinear", align_corners=False)[0, 0]
+    y0, x0 = (top - 1) * stride, (left - 1) * stride
+    return pixels_HW[y1 - y0 : y2 - y0, x1 - x0 : x2 - x0]
+
+
+def _cells(low: float, high: float, length: int, stride: int) -> tuple[int, int]:
+    """First cell and the one after the last, by the rule of `rasterize_boxes`: at least one."""
+    first = min(max(round(low / stride), 0), length - 1)
+    return first, max(min(round(high / stride), length), first + 1)
 
 
 def _gather_across_ranks(images: list[_BankImage]) -> list[_BankImage]:
