@@ -99,7 +99,8 @@ class TrainTransform:
             ratio = min(ratio, self.size / max(height, width))
             window, window_height, window_width = (0, 0), height, width
         sample = self._cropped(sample, *window, window_height, window_width)
-        return _resized(sample, self._side(window_height * ratio), self._side(window_width * ratio))
+        sides = [min(self.size, max(1, round(side * ratio))) for side in (window_height, window_width)]
+        return _resized(sample, sides[0], sides[1])
 
     def _choose_window(
         self, boxes_n4: Tensor, image_size: tuple[int, int], window_size: tuple[int, int], generator: torch.Generator
@@ -134,9 +135,6 @@ class TrainTransform:
             boxes_n4 = torch.where(tightened_n[:, None], mask_boxes(masks_nhw), boxes_n4)
         image_3hw = sample.image_3hw[:, top : top + height, left : left + width]
         return replace(sample, image_3hw=image_3hw, boxes_n4=boxes_n4, masks_nhw=masks_nhw).select(kept_n)
-
-    def _side(self, length: float) -> int:
-        return min(self.size, max(1, round(length))) if self.scale_range[1] >= 1 else max(1, round(length))
 
     def _recoloured(self, image_3hw: Tensor, generator: torch.Generator) -> Tensor:
         brightness = 1 + _uniform(generator, -self.brightness, self.brightness)
@@ -223,7 +221,8 @@ def read_sample(example: Mapping[str, Any], *, with_masks: bool = False, max_pix
     if not bool(torch.isfinite(boxes_n4).all()):
         raise ValueError(f"image {image_id} has boxes that are not finite: {boxes_n4.tolist()}")
     boxes_n4 = _clip(torch.cat([boxes_n4[:, :2], boxes_n4[:, :2] + boxes_n4[:, 2:]], -1), height, width)
-    crowd_n = torch.as_tensor(np.asarray(objects.get("iscrowd") or [False] * len(boxes_n4), dtype=bool))
+    crowd = objects.get("iscrowd")
+    crowd_n = torch.as_tensor(np.asarray([False] * len(boxes_n4) if crowd is None else crowd, dtype=bool))
     rows = torch.nonzero(~crowd_n & (_box_sides(boxes_n4) > 0).all(-1))[:, 0]
     has_mask_n, masks_nhw = torch.zeros(len(rows), dtype=torch.bool), None
     if with_masks:
@@ -293,11 +292,9 @@ def _resized(sample: Sample, height: int, width: int) -> Sample:
         # The image's own antialiased filter, so that mask and pixels stay aligned; what is left thinner than half a pixel
         # vanishes and counts as not given.
         shades_nhw = masks_nhw.to(torch.uint8) * 255
-        masks_nhw = (
-            transforms.resize(shades_nhw, [height, width], antialias=True) >= 128
-            if len(shades_nhw)
-            else (torch.zeros(0, height, width, dtype=torch.bool))
-        )
+        if len(shades_nhw) > 0:
+            shades_nhw = transforms.resize(shades_nhw, [height, width], antialias=True)
+        masks_nhw = shades_nhw.reshape(-1, height, width) >= 128
         has_mask_n = has_mask_n & masks_nhw.any(-1).any(-1)
     return replace(
         sample,

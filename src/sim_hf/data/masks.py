@@ -29,6 +29,7 @@ def decode_segmentation(
             segmentation = json.loads(segmentation)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}: not JSON ({error})") from error
+    run_lengths: Any
     if isinstance(segmentation, list):
         run_lengths = _polygons_to_rle(segmentation, height, width, name)
     elif isinstance(segmentation, dict):
@@ -49,7 +50,7 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     return {"size": [int(mask_HW.shape[0]), int(mask_HW.shape[1])], "counts": run_lengths["counts"].decode("ascii")}
 
 
-def _polygons_to_rle(polygons: list, height: int, width: int, name: str) -> dict[str, Any]:
+def _polygons_to_rle(polygons: list, height: int, width: int, name: str) -> Any:
     usable = []
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) % 2 != 0:
@@ -63,14 +64,15 @@ def _polygons_to_rle(polygons: list, height: int, width: int, name: str) -> dict
     return coco_mask.merge(coco_mask.frPyObjects(usable, height, width))
 
 
-def _checked_rle(segmentation: dict, height: int, width: int, name: str) -> dict[str, Any]:
+def _checked_rle(segmentation: dict, height: int, width: int, name: str) -> Any:
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(size, list) or size != [height, width]:
         raise ValueError(f"{name}: run lengths of size {size}, the image is [{height}, {width}] (height, width)")
     if isinstance(counts, list):
         if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
             raise ValueError(f"{name}: run lengths must be counts that add up to {height * width}")
-        return coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
+        uncompressed: Any = {"size": size, "counts": counts}
+        return coco_mask.frPyObjects(uncompressed, height, width)
     if isinstance(counts, (str, bytes)):
         return {"size": size, "counts": counts.encode("ascii", "replace") if isinstance(counts, str) else counts}
     raise ValueError(f"{name}: `counts` must be a list or a string, got {type(counts).__name__}")
