@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sim_hf.evaluation.diagnostics import (
     collapse_warning,
     instance_diagnostics,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+
 from sim_hf.mask_generation.memory_bank import BankInstance, MemoryBank
 from sim_hf.structures import InstanceTargets, PseudoMasks, box_masks
 

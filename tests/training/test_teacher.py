@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sim_hf.training.teacher import EMATeacher, momentum_for_steps
 from torch import nn
+
+from sim_hf.training.teacher import EMATeacher, momentum_for_steps
 
 
 def make_student(value=1.0, dtype=torch.float32):
