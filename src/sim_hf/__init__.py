@@ -1,1 +1,2 @@
-"""Box-supervised instance segmentation: SIM (CVPR 2023) on Mask2Former."""
+"""wip"""
+__version__ = "0.1.0"

@@ -121,10 +121,11 @@ class PseudoMasks:
 @dataclass
 class CriterionOutput:
     """Named, already weighted losses (scalars with a gradient path), the pseudo masks of the batch if the criterion makes
-    them, and detached diagnostics."""
+    them, the positives of the final prediction (to look at, not to train on), and detached diagnostics."""
 
     losses: dict[str, Tensor]
     pseudo_masks: PseudoMasks | None = None
+    positives: MaskPredictions | None = None
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,82 @@
+"""What every supervision must offer, and the arithmetic that they share.
+
+Shape letters: G instances of the batch, N positives, Q queries, H and W of the mask grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sim_hf.losses import masked_bce_loss, masked_dice_loss
+from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
+
+
+class MaskCriterion(Protocol):
+    """The price of masks: one class for each supervision, chosen in `build.py`."""
+
+    def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
+        """Cost (Q, G) of giving each query of one image to each of its instances."""
+        ...
+
+    def needs_teacher(self, global_step: int) -> bool:
+        """Whether this step reads the teacher's predictions."""
+        ...
+
+    def __call__(
+        self,
+        students: Sequence[MaskPredictions],
+        teacher: MaskPredictions | None,
+        targets: InstanceTargets,
+        images_BCHW: Tensor,
+        pixel_mask_BHW: Tensor,
+        *,
+        num_instances: float,
+        global_step: int,
+    ) -> CriterionOutput:
+        """Losses of the student's positives (one entry per supervised decoder layer).
+
+        images_BCHW: RGB in 0..1. num_instances: annotated instances of the whole optimiser step, over all micro-batches and
+        ranks; every loss is a sum over instances divided by it, so that accumulation and ranks do not change the gradient.
+        """
+        ...
+
+
+def grid_stride(targets: InstanceTargets, mask_logits_NHW: Tensor) -> float:
+    """Input pixels per cell of the mask grid."""
+    return targets.input_size[0] / mask_logits_NHW.shape[-2]
+
+
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """0 at step 0, 1 from `warmup_steps` on; 1 everywhere when there is no warm-up."""
+    return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+
+
+def sum_over_layers(losses: Sequence[Tensor], num_instances: float) -> Tensor:
+    """Per-instance losses of each layer -> one scalar with a gradient path even when there is no instance."""
+    return torch.stack([loss_N.sum() for loss_N in losses]).sum() / num_instances
+
+
+def masks_on_grid(masks_GHW: Tensor, height: int, width: int) -> Tensor:
+    """Boolean masks at input size -> share of each grid cell that they cover, float32 (G, height, width)."""
+    if masks_GHW.shape[0] == 0:
+        return masks_GHW.new_zeros(0, height, width, dtype=torch.float32)
+    return torch.nn.functional.adaptive_avg_pool2d(masks_GHW.float()[:, None], (height, width))[:, 0]
+
+
+def known_mask_losses(
+    students: Sequence[MaskPredictions], mask_GHW: Tensor, applies_G: Tensor, trusted_GHW: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """BCE and Dice of every layer against known masks on the grid, zero for instances to which they do not apply."""
+    bce, dice = [], []
+    for student in students:
+        ids_N = student.instance_ids_N
+        chosen_N = applies_G[ids_N].nonzero(as_tuple=True)[0]
+        logits_NHW, ids_N = student.mask_logits_NHW[chosen_N], ids_N[chosen_N]
+        trusted_NHW = None if trusted_GHW is None else trusted_GHW[ids_N]
+        bce.append(masked_bce_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
+        dice.append(masked_dice_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
+    return bce, dice

@@ -1,0 +1,91 @@
+"""SIM (CVPR 2023, arXiv 2303.08578): BoxInst plus pseudo masks from prototypes and the teacher, plus pasted instances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sim_hf.criteria.base import known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers
+from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.mask_generation import PseudoMaskGenerator
+from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
+
+
+class SIMCriterion(nn.Module):
+    """L = L_projection + L_pairwise + lambda_1 L_pseudo + lambda_2 L_paste (Sec. 3.5).
+
+    The pseudo masks are made once a step from the teacher's positives and shared by all decoder layers; during the warm-up
+    only the prototypes learn. Pasted instances know their mask, so they take L_paste (Eq. 9) instead of L_pseudo (Eq. 8);
+    instances with a real mask take neither.
+
+    Relations: owns a `BoxInstCriterion` (composition) and equals it when lambda_1 = 0 and nothing is pasted.
+    """
+
+    def __init__(
+        self,
+        box_criterion: BoxInstCriterion,
+        generator: PseudoMaskGenerator,
+        *,
+        pseudo_weight: float = 0.5,
+        paste_weight: float = 1.0,
+        pseudo_start_step: int = 10_000,
+        pseudo_ramp_steps: int = 0,
+        prototype_start_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.box_criterion = box_criterion
+        self.generator = generator
+        self.bank = generator.bank
+        self.pseudo_weight = pseudo_weight
+        self.paste_weight = paste_weight
+        self.pseudo_start_step = pseudo_start_step
+        self.pseudo_ramp_steps = pseudo_ramp_steps
+        self.prototype_start_step = min(prototype_start_step, pseudo_start_step)
+
+    def needs_teacher(self, global_step: int) -> bool:
+        return self.pseudo_weight > 0 and global_step >= self.prototype_start_step
+
+    def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
+        return self.box_criterion.matching_cost(mask_logits_QHW, targets, global_step=global_step)
+
+    def forward(
+        self,
+        students: Sequence[MaskPredictions],
+        teacher: MaskPredictions | None,
+        targets: InstanceTargets,
+        images_BCHW: Tensor,
+        pixel_mask_BHW: Tensor,
+        *,
+        num_instances: float,
+        global_step: int,
+    ) -> CriterionOutput:
+        output = self.box_criterion(
+            students, None, targets, images_BCHW, pixel_mask_BHW, num_instances=num_instances, global_step=global_step
+        )
+        height, width = students[0].mask_logits_NHW.shape[-2:]
+        zero = students[0].mask_logits_NHW.sum() * 0.0
+        output.losses["loss_pseudo_mask"] = zero
+        output.losses["loss_paste"] = zero
+        if teacher is not None:
+            output.pseudo_masks = self.generator(teacher, targets, update_prototypes=self.training)
+            output.diagnostics.update(self.generator.diagnostics(output.pseudo_masks, targets))
+            pseudo = output.pseudo_masks
+            applies_G = ~(targets.has_mask_G | targets.is_pasted_G)
+            bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW)
+            weight = self.pseudo_weight * self._pseudo_ramp(global_step)
+            output.losses["loss_pseudo_mask"] = weight * (
+                sum_over_layers(bce, num_instances) + sum_over_layers(dice, num_instances)
+            )
+        if targets.masks_GHW is not None and self.paste_weight > 0:
+            pasted_GHW = masks_on_grid(targets.masks_GHW, height, width)
+            bce, dice = known_mask_losses(students, pasted_GHW, targets.is_pasted_G)
+            output.losses["loss_paste"] = self.paste_weight * (
+                sum_over_layers(bce, num_instances) + sum_over_layers(dice, num_instances)
+            )
+        return output
+
+    def _pseudo_ramp(self, global_step: int) -> float:
+        if global_step < self.pseudo_start_step:
+            return 0.0
+        return linear_warmup(global_step - self.pseudo_start_step + 1, self.pseudo_ramp_steps)

@@ -1,0 +1,192 @@
+"""The command line of a training run: four dataclasses, a YAML file as defaults, flags win.
+
+Lengths of the schedule may be given in optimiser steps (a whole number) or as a fraction of the run (0..1): a short
+fine-tuning run needs the paper's schedule as fractions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from sim_hf.criteria.build import MASK_CRITERIA
+
+
+@dataclass
+class ModelArguments:
+    """Which network, and where its weights come from."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id to start from: a sim_hf model or any Mask2Former checkpoint."}
+    )
+    preset: str = field(default="tiny", metadata={"help": "Architecture when --model is not given: tiny, r50, r101, swin-t, swin-b."})
+    backbone: str | None = field(
+        default=None, metadata={"help": "Another backbone than the preset's: 'timm:NAME' or a transformers model type."}
+    )
+    backbone_weights: str | None = field(
+        default=None, metadata={"help": "ImageNet weights of the backbone: a safetensors file, a folder or a Hub id."}
+    )
+    freeze_batch_norm: bool | None = field(
+        default=None, metadata={"help": "Freeze the backbone's BatchNorm statistics (default: when weights were loaded)."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what happens to them on the way in."""
+
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders with images/ + instances_train.json + instances_val.json; several are mixed, classes joined by name."},
+    )
+    train_images: str | None = field(default=None, metadata={"help": "Image folder of --train_annotations."})
+    train_annotations: str | None = field(default=None, metadata={"help": "COCO file with boxes to train on."})
+    val_images: str | None = field(default=None, metadata={"help": "Image folder of --val_annotations."})
+    val_annotations: str | None = field(default=None, metadata={"help": "COCO file to evaluate on (masks are used if it has any)."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id or local path of a data set with image + objects{bbox, category}."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of --dataset to train on."})
+    val_split: str | None = field(default="validation", metadata={"help": "Split of --dataset to evaluate on."})
+    streaming: bool = field(default=False, metadata={"help": "Stream --dataset instead of downloading it first."})
+    box_format: str = field(default="xywh", metadata={"help": "What bbox holds in the COCO files: xywh (COCO) or xyxy."})
+    image_size: int | None = field(default=None, metadata={"help": "Longest side of the input (default: the preset's)."})
+    scale_min: float = field(default=0.5, metadata={"help": "Large-scale jitter: smallest scale."})
+    scale_max: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest scale."})
+    flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    color_jitter: float = field(default=0.2, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
+    num_workers: int = field(default=0, metadata={"help": "Loader processes (the stream of samples does not depend on them)."})
+
+
+@dataclass
+class SupervisionArguments:
+    """What a mask costs; the defaults are the paper's (SIM, CVPR 2023; BoxInst, CVPR 2021) unless the help says otherwise."""
+
+    supervision: str = field(default="sim", metadata={"help": f"One of {', '.join(MASK_CRITERIA)}."})
+    class_weight: float = field(default=2.0, metadata={"help": "Weight of the class loss."})
+    no_object_weight: float = field(default=0.1, metadata={"help": "Class weight of 'no object'."})
+    class_cost: float = field(default=2.0, metadata={"help": "Matching: weight of the class."})
+    mask_cost: float = field(default=5.0, metadata={"help": "Matching: weight of the projections (or masks, for full)."})
+    mask_weight: float = field(default=5.0, metadata={"help": "BCE weight where a real mask is given."})
+    dice_weight: float = field(default=5.0, metadata={"help": "Dice weight where a real mask is given."})
+    projection_weight: float = field(default=5.0, metadata={"help": "BoxInst's projection loss."})
+    pairwise_weight: float = field(default=2.0, metadata={"help": "BoxInst's pairwise colour affinity loss."})
+    pairwise_warmup: float = field(default=1 / 9, metadata={"help": "Linear warm-up of the pairwise loss (steps or fraction)."})
+    color_threshold: float = field(default=0.3, metadata={"help": "Colour similarity above which neighbours must agree."})
+    pairwise_dilation: int = field(default=2, metadata={"help": "Dilation of the 3x3 neighbourhood on the mask grid."})
+    pseudo_weight: float = field(default=0.5, metadata={"help": "lambda_1, the pseudo mask loss."})
+    pseudo_start: float = field(default=1 / 9, metadata={"help": "When the pseudo mask loss starts (steps or fraction)."})
+    pseudo_ramp: float = field(default=0.0, metadata={"help": "Linear ramp of the pseudo mask loss after its start."})
+    num_prototypes: int = field(default=10, metadata={"help": "Prototypes per class (the paper's L)."})
+    prototype_momentum: float = field(default=0.999, metadata={"help": "EMA of the prototypes (gamma)."})
+    temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
+    alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
+    mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
+    paste_weight: float = field(default=1.0, metadata={"help": "lambda_2, the copy-paste loss; 0 switches pasting off."})
+    paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
+    bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
+    teacher_momentum: float | None = field(
+        default=None, metadata={"help": "EMA of the teacher (default: scaled with the length of the run; 0.9999 at 90k steps)."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """How long, how fast, where to."""
+
+    output_dir: str = field(default="runs/train", metadata={"help": "Everything a run writes."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    batch_size: int = field(default=8, metadata={"help": "Images per step and process (split over the accumulation)."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per step; must divide --batch_size."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "AdamW."})
+    backbone_lr_multiplier: float = field(default=0.2, metadata={"help": "Learning rate of the backbone, relative."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Not applied to norms, biases and embeddings."})
+    lr_warmup: float = field(default=0.02, metadata={"help": "Linear warm-up of the learning rate (steps or fraction)."})
+    lr_schedule: str = field(default="cosine", metadata={"help": "cosine, poly or constant, after the warm-up."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the decoder and encoder."})
+    seed: int = field(default=0, metadata={"help": "Of weights, data order, augmentation and pasting."})
+    log_every: int = field(default=20, metadata={"help": "Steps between lines of losses and diagnostics."})
+    eval_every: float = field(default=0.25, metadata={"help": "Between evaluations (steps or fraction); 0 = only at the end."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first N images only while training."})
+    checkpoint_every: float = field(default=0.1, metadata={"help": "Between checkpoints (steps or fraction); 0 = only at the end."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "Newest checkpoints kept (the best one is kept besides)."})
+    resume: str | None = field(default=None, metadata={"help": "'auto' (newest valid checkpoint of --output_dir) or a checkpoint folder."})
+    stop_after: int | None = field(default=None, metadata={"help": "Checkpoint and stop after this many steps; resume later."})
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, trackio, wandb, ... or none."})
+    export: str = field(default="teacher", metadata={"help": "Weights that are evaluated and exported: teacher (EMA) or student."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch (default: torch's)."})
+
+
+ArgumentGroups = tuple[ModelArguments, DataArguments, SupervisionArguments, RunArguments]
+
+
+def steps_of(length: float, max_steps: int) -> int:
+    """A length given in steps (above 1) or as a fraction of the run (0..1) -> steps."""
+    if length < 0:
+        raise ValueError(f"a length of the schedule must not be negative, got {length}")
+    return round(length * max_steps) if length <= 1 else round(length)
+
+
+def parse_arguments(argv: Sequence[str] | None = None, *, prog: str | None = None) -> ArgumentGroups:
+    """Flags over the YAML of `--config` over the defaults. Unknown keys and flags are errors."""
+    parser = HfArgumentParser([ModelArguments, DataArguments, SupervisionArguments, RunArguments], prog=prog)
+    parser.add_argument("--config", help="YAML file with any of the options below; flags win over it.")
+    config_argument, _ = _config_parser().parse_known_args(argv)
+    if config_argument.config:
+        parser.set_defaults(**read_config(config_argument.config))
+    *groups, _ = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    check_arguments(*groups)
+    return tuple(groups)
+
+
+def _config_parser():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file; a key that is no option is an error that names it."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    known = {
+        f.name for group in (ModelArguments, DataArguments, SupervisionArguments, RunArguments) for f in dataclasses.fields(group)
+    }
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path}: unknown option(s) {', '.join(unknown)}")
+    return options
+
+
+def check_arguments(model: ModelArguments, data: DataArguments, supervision: SupervisionArguments, run: RunArguments) -> None:
+    """Contradictions and impossible values, each an error that names the option."""
+    sources = [bool(data.data), bool(data.train_annotations), bool(data.dataset)]
+    if sum(sources) != 1:
+        raise ValueError("give exactly one of --data FOLDER..., --train_annotations FILE (with --train_images DIR), --dataset ID")
+    if data.train_annotations and not data.train_images:
+        raise ValueError("--train_annotations needs --train_images")
+    if data.val_annotations and not data.val_images:
+        raise ValueError("--val_annotations needs --val_images")
+    if supervision.supervision not in MASK_CRITERIA:
+        raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
+    if run.gradient_accumulation_steps < 1 or run.batch_size % run.gradient_accumulation_steps:
+        raise ValueError(
+            f"--gradient_accumulation_steps ({run.gradient_accumulation_steps}) must divide --batch_size ({run.batch_size})"
+        )
+    if run.max_steps < 1:
+        raise ValueError(f"--max_steps must be at least 1, got {run.max_steps}")
+    if run.export not in ("teacher", "student"):
+        raise ValueError(f"--export must be teacher or student, got {run.export!r}")
+    if run.mixed_precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"--mixed_precision must be no, bf16 or fp16, got {run.mixed_precision!r}")

@@ -1,0 +1,131 @@
+"""From arguments to parts: data, model, criterion, teacher, memory bank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sim_hf.criteria.build import build_criterion
+from sim_hf.data import category_ids, load_coco, load_detection_dataset
+from sim_hf.data.mixture import MixedRows
+from sim_hf.mask_generation.memory_bank import MemoryBank
+from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.sim.backbone_weights import load_backbone_weights, load_pretrained_for_classes
+from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
+from sim_hf.training.step import TrainingStep
+from sim_hf.training.teacher import EMATeacher, momentum_for_steps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunData:
+    """Rows to train and evaluate on. names[i] and category_ids[i] belong to label i. ground_truth: a COCO file or the rows
+    of a data set that has none; None when there is nothing to evaluate on."""
+
+    train: object
+    names: list[str]
+    category_ids: list[int]
+    val: object | None = None
+    ground_truth: object | None = None
+    streaming: bool = False
+
+
+def coco_folder(folder: str | Path) -> dict[str, Path]:
+    """The files of a data folder; what is missing is named."""
+    folder = Path(folder)
+    paths = {
+        "images": folder / "images",
+        "train": folder / "instances_train.json",
+        "val": folder / "instances_val.json",
+    }
+    for name in ("images", "train"):
+        if not paths[name].exists():
+            raise FileNotFoundError(f"{folder}: a data folder holds images/ and instances_train.json; {paths[name]} is missing")
+    return paths
+
+
+def build_data(data: DataArguments, *, with_masks: bool) -> RunData:
+    """The data of a run; real masks are read from the annotation files only when `with_masks`."""
+    if data.dataset:
+        return _hub_data(data)
+    if data.data:
+        folders = [coco_folder(folder) for folder in data.data]
+        pairs = [(paths["images"], paths["train"]) for paths in folders]
+        val = (folders[0]["images"], folders[0]["val"]) if folders[0]["val"].exists() else None
+    else:
+        pairs = [(Path(data.train_images), Path(data.train_annotations))]
+        val = (Path(data.val_images), Path(data.val_annotations)) if data.val_annotations else None
+    datasets = [
+        load_coco(images, annotations, with_masks=with_masks, box_format=data.box_format) for images, annotations in pairs
+    ]
+    train = MixedRows(datasets)
+    ids = category_ids(datasets[0]) if len(datasets) == 1 else list(range(1, len(train.names) + 1))
+    if val is None:
+        return RunData(train, train.names, ids)
+    rows = load_coco(*val, with_masks=False, box_format=data.box_format)
+    return RunData(train, train.names, ids, val=rows, ground_truth=val[1])
+
+
+def _hub_data(data: DataArguments) -> RunData:
+    train = load_detection_dataset(data.dataset, data.train_split, streaming=data.streaming)
+    names = train.features["objects"]["category"].feature.names
+    rows = train if data.streaming else MixedRows([train])
+    val = load_detection_dataset(data.dataset, data.val_split) if data.val_split else None
+    return RunData(rows, names, list(range(len(names))), val=val, ground_truth=val, streaming=data.streaming)
+
+
+def build_model(
+    model: ModelArguments, *, names: list[str], category_ids: list[int], image_size: int | None = None
+) -> tuple[SIMForInstanceSegmentation, SIMImageProcessor, list[str]]:
+    """The network and its image processor -> (model, processor, what was loaded, a line each)."""
+    id2label: Mapping[int, str] = dict(enumerate(names))
+    report: list[str] = []
+    if model.model:
+        network, transfer = load_pretrained_for_classes(model.model, id2label=id2label)
+        processor = SIMImageProcessor.from_pretrained(model.model)
+        report.append(str(transfer))
+    else:
+        overrides = {} if model.backbone is None else {"backbone": model.backbone}
+        config = SIMConfig.from_preset(model.preset, id2label=id2label, **overrides)
+        config.freeze_batch_norm = bool(model.backbone_weights)
+        network = SIMForInstanceSegmentation(config)
+        processor = SIMImageProcessor.from_preset(model.preset)
+        if model.backbone_weights is None:
+            report.append("the whole network starts from random weights (--model or --backbone_weights start it from better ones)")
+    if model.freeze_batch_norm is not None:
+        network.config.freeze_batch_norm = model.freeze_batch_norm
+    if model.backbone_weights:
+        report.append(str(load_backbone_weights(network, model.backbone_weights)))
+    network.config.category_ids = list(category_ids)
+    if image_size is not None:
+        processor.size = {**processor.size, "longest_edge": image_size}
+    return network, processor, report
+
+
+def build_step(
+    network: SIMForInstanceSegmentation,
+    processor: SIMImageProcessor,
+    supervision: SupervisionArguments,
+    run: RunArguments,
+) -> TrainingStep:
+    """Criterion, teacher and memory bank of a supervision, ready to train `network`."""
+
+    def steps(length: float) -> int:
+        return steps_of(length, run.max_steps)
+
+    criterion = build_criterion(supervision, network.config, steps=steps)
+    momentum = supervision.teacher_momentum or momentum_for_steps(run.max_steps)
+    pastes = supervision.supervision == "sim" and supervision.paste_weight > 0 and supervision.paste_probability > 0
+    return TrainingStep(
+        criterion,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        teacher=EMATeacher(network, momentum=momentum),
+        memory_bank=MemoryBank(capacity=supervision.bank_capacity) if pastes else None,
+        paste_probability=supervision.paste_probability,
+        paste_start_step=steps(supervision.pseudo_start),
+        seed=run.seed,
+    )

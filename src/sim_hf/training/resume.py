@@ -1,0 +1,141 @@
+"""What a checkpoint of the Accelerate loop holds, and how a run goes on from one, bit for bit.
+
+`training.*`: weights (in-memory names), optimiser, schedule, gradient scaler, teacher, prototypes, memory bank, step, place in
+the data. `rank<r>.*`: each process's own random state. The manifest says which run it was, so that another one cannot
+continue it by mistake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sim_hf.training.checkpoint import CheckpointError, CheckpointManager, load_state, save_state
+
+# Options that may change between the parts of one run: they do not touch what is computed.
+FREE_OPTIONS = {
+    "output_dir", "resume", "stop_after", "log_every", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints",
+    "report_to", "num_workers", "num_threads", "export",
+}  # fmt: skip
+
+
+def run_identity(*groups) -> dict[str, object]:
+    """The options that decide what a run computes, by name."""
+    options = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return {name: value for name, value in sorted(options.items()) if name not in FREE_OPTIONS}
+
+
+class Resumer:
+    """Saves and restores a `Trainer`."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self.manager = CheckpointManager(Path(trainer.run.output_dir) / "checkpoints", keep=trainer.run.keep_checkpoints)
+        self.identity = run_identity(
+            trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint of this step (all ranks call this)."""
+        trainer = self.trainer
+        accelerator = trainer.accelerator
+
+        def write(folder: Path) -> None:
+            if accelerator.is_main_process:
+                save_state(folder / "training", self._state())
+            save_state(folder / f"rank{accelerator.process_index}", random_state())
+
+        best = trainer.best["step"]
+        self.manager.save(
+            trainer.step.global_step,
+            write,
+            metadata={
+                "world_size": accelerator.num_processes,
+                "identity": self.identity,
+                "identity_sha256": hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest(),
+                "best": trainer.best,
+            },
+            is_main=accelerator.is_main_process,
+            barrier=accelerator.wait_for_everyone,
+            protect=set() if best is None else {best},
+        )
+
+    def resume(self) -> None:
+        """Restore what `--resume` asks for; an existing run is never overwritten without being asked."""
+        trainer, wanted = self.trainer, self.trainer.run.resume
+        if wanted is None:
+            if self.manager.steps():
+                raise CheckpointError(
+                    f"{trainer.run.output_dir} already holds checkpoints: --resume auto goes on with them, "
+                    "another --output_dir starts anew"
+                )
+            return
+        path = self.manager.latest() if wanted == "auto" else Path(wanted)
+        if path is None:
+            trainer.say("nothing to resume yet, starting from step 0")
+            return
+        metadata = self.manager.metadata(path)
+        self._check_same_run(path, metadata)
+        self._load(load_state(path / "training"))
+        own = path / f"rank{trainer.accelerator.process_index}"
+        restore_random_state(load_state(own))
+        trainer.best = metadata["best"]
+        trainer.say(f"resumed from {path} at step {trainer.step.global_step}")
+
+    def _check_same_run(self, path: Path, metadata: dict) -> None:
+        differing = [
+            f"{name}: {metadata['identity'].get(name)!r} in the checkpoint, {value!r} now"
+            for name, value in self.identity.items()
+            if metadata["identity"].get(name) != _as_json(value)
+        ]
+        world = self.trainer.accelerator.num_processes
+        if metadata["world_size"] != world:
+            differing.append(f"processes: {metadata['world_size']} in the checkpoint, {world} now")
+        if differing:
+            raise CheckpointError(f"{path} belongs to another run; " + "; ".join(differing))
+
+    def _state(self) -> dict:
+        trainer = self.trainer
+        scaler = trainer.accelerator.scaler
+        return {
+            "model": dict(trainer.student.state_dict()),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "step": trainer.step.training_state(),
+            "data": trainer.batches.state_dict(),
+        }
+
+    def _load(self, state: dict) -> None:
+        trainer = self.trainer
+        trainer.student.load_state_dict(state["model"], strict=True)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scheduler.load_state_dict(state["scheduler"])
+        if trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(state["scaler"])
+        trainer.step.load_training_state(state["step"])
+        trainer.batches.load_state_dict(state["data"])
+
+
+def random_state() -> dict:
+    """Every generator that a process has, as plain data."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _as_json(value: object) -> object:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,177 @@
+"""SIM on one page: what happens to a batch, from pixels to losses, and what ticks after the update.
+
+Every driver (the Accelerate loop, `SIMTrainer`, a stock `transformers.Trainer`) calls this object, so the method exists once:
+
+    prepare        copy-paste from the memory bank; colours and targets of the batch               (Eq. 9)
+    forward        student; teacher when the criterion needs it this step                          (Sec. 3.1)
+    loss           match, class loss, projection + pairwise, pseudo masks, pasted masks            (Eq. 1-9)
+    after_update   teacher EMA, prototype commit, memory bank commit, step + 1 - once an optimiser step
+
+Shape letters: B images, C channels, G instances, H W input rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sim_hf.criteria.set_criterion import SetCriterion, StepNormalizers
+from sim_hf.data.collator import denormalize, normalize
+from sim_hf.mask_generation.copy_paste import copy_paste
+from sim_hf.mask_generation.memory_bank import MemoryBank
+from sim_hf.structures import CriterionOutput, InstanceTargets
+from sim_hf.training.teacher import EMATeacher
+
+
+@dataclass
+class StepInputs:
+    """A prepared batch. images_BCHW: RGB in 0..1; image_keys: the data set's image ids, for messages and seeds."""
+
+    pixel_values_BCHW: Tensor
+    pixel_mask_BHW: Tensor
+    images_BCHW: Tensor
+    targets: InstanceTargets
+    image_keys: list[int]
+
+
+class TrainingStep(nn.Module):
+    """The method and its state: criterion (with the prototypes), teacher, memory bank and the step number.
+
+    teacher: None trains without one (then `criterion` must not need it). memory_bank: None switches copy-paste off.
+    paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
+    first paste. state_dict() of this module is the training state that lives beside the weights.
+    """
+
+    def __init__(
+        self,
+        criterion: SetCriterion,
+        *,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        teacher: EMATeacher | None = None,
+        memory_bank: MemoryBank | None = None,
+        paste_probability: float = 0.5,
+        paste_start_step: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.paste_probability = paste_probability
+        self.paste_start_step = paste_start_step
+        self.seed = seed
+        self.global_step = 0
+        # Not submodules: the teacher is a whole network and has its own place in a checkpoint.
+        object.__setattr__(self, "teacher", teacher)
+        self.memory_bank = memory_bank
+
+    def prepare(self, batch: Mapping) -> StepInputs:
+        """Targets and colours of the collated batch, after copy-paste (which also changes the pixels the student sees)."""
+        pixel_values, pixel_mask, labels = batch["pixel_values"], batch["pixel_mask"], batch["labels"]
+        targets = InstanceTargets.from_labels(labels, tuple(pixel_values.shape[-2:]))
+        image_keys = [int(label["image_id"]) for label in labels]
+        images = denormalize(pixel_values, self.image_mean, self.image_std)
+        if self.memory_bank is not None and self.training and self.global_step >= self.paste_start_step:
+            pasted, targets = copy_paste(
+                images,
+                pixel_mask,
+                targets,
+                self.memory_bank,
+                seed=self.seed,
+                step=self.global_step,
+                image_keys=image_keys,
+                probability=self.paste_probability,
+            )
+            if pasted is not images:
+                images = pasted
+                pixel_values = normalize(images * 255, self.image_mean, self.image_std) * pixel_mask[:, None]
+        return StepInputs(pixel_values, pixel_mask, images, targets, image_keys)
+
+    def normalizers(self, inputs: Sequence[StepInputs]) -> StepNormalizers:
+        """Counts of all micro-batches of this optimiser step on all ranks (one collective, on every rank, every step)."""
+        counts = torch.tensor([self.criterion.counts(x.targets) for x in inputs], dtype=torch.float64).sum(0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            counts = counts.to(inputs[0].pixel_values_BCHW.device)
+            torch.distributed.all_reduce(counts)
+        return StepNormalizers.from_counts(*counts.tolist())
+
+    def forward(self, student: nn.Module, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
+        """One micro-batch through the student and the criterion. `student` may be wrapped (DDP, compiled)."""
+        outputs = student(
+            pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True
+        )
+        return self.loss(outputs, inputs, normalizers)
+
+    def loss(self, student_outputs, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
+        """The criterion on a student's outputs; the teacher looks at the same pixels, without gradient."""
+        teacher_outputs = None
+        if self.teacher is not None and self.criterion.needs_teacher(self.global_step):
+            teacher_outputs = self.teacher(
+                pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True
+            )
+        output = self.criterion(
+            student_outputs,
+            teacher_outputs,
+            inputs.targets,
+            inputs.images_BCHW,
+            inputs.pixel_mask_BHW,
+            normalizers=normalizers,
+            global_step=self.global_step,
+        )
+        if self.memory_bank is not None and self.training and output.pseudo_masks is not None:
+            self.memory_bank.remember(
+                inputs.images_BCHW,
+                inputs.targets,
+                output.pseudo_masks,
+                image_keys=inputs.image_keys,
+                pixel_mask_BHW=inputs.pixel_mask_BHW,
+            )
+        return output
+
+    def after_update(self, student: nn.Module) -> None:
+        """Once per optimiser step, on every rank, with the unwrapped student."""
+        self.global_step += 1
+        if self.teacher is not None:
+            self.teacher.tick(student)
+        bank = self.prototype_bank
+        if bank is not None:
+            bank.commit()
+        if self.memory_bank is not None:
+            self.memory_bank.commit()
+
+    def after_skipped_update(self) -> None:
+        """The optimiser skipped (fp16 overflow): nothing of this step may leave a trace."""
+        bank = self.prototype_bank
+        if bank is not None:
+            bank.reset_observations()
+        if self.memory_bank is not None:
+            self.memory_bank.discard()
+
+    @property
+    def prototype_bank(self):
+        """The criterion's `PrototypeBank`, or None for a supervision without prototypes."""
+        mask_criterion = self.criterion.mask_criterion
+        return mask_criterion.bank if isinstance(mask_criterion, nn.Module) else None
+
+    def training_state(self) -> dict:
+        """Everything that a resumed run needs beside weights, optimiser and sampler: tensors, numbers, lists, dicts."""
+        return {
+            "global_step": self.global_step,
+            "criterion": dict(self.criterion.state_dict()),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "memory_bank": None if self.memory_bank is None else self.memory_bank.state_dict(),
+        }
+
+    def load_training_state(self, state: Mapping) -> None:
+        """The inverse of `training_state`, strictly: what is missing or extra raises."""
+        self.global_step = int(state["global_step"])
+        self.criterion.load_state_dict(state["criterion"], strict=True)
+        for name, owner in (("teacher", self.teacher), ("memory_bank", self.memory_bank)):
+            if (owner is None) != (state[name] is None):
+                raise ValueError(f"checkpoint and run disagree about the {name}: one has it, the other has not")
+            if owner is not None:
+                owner.load_state_dict(state[name])

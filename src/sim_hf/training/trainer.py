@@ -1,0 +1,242 @@
+"""The plain Accelerate loop behind `scripts/train.py` and `sim-hf train`.
+
+One optimiser step is: prepare all micro-batches, count their instances, forward and backward each, clip, check, update, tick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from tqdm.auto import tqdm
+
+from sim_hf.evaluation.diagnostics import collapse_warning, mask_diagnostics
+from sim_hf.structures import CriterionOutput
+from sim_hf.training.arguments import ArgumentGroups, steps_of
+from sim_hf.training.assembly import build_data, build_model, build_step
+from sim_hf.training.loaders import MicroBatches
+from sim_hf.training.optimizer import build_optimizer, build_scheduler
+from sim_hf.training.periodic import evaluate_and_draw, export_model
+from sim_hf.training.resume import Resumer
+from sim_hf.training.step import StepInputs
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before the update, naming the term, the step and the images."""
+
+
+class Trainer:
+    """Builds a run from its arguments and trains it. `train()` returns the final metrics."""
+
+    def __init__(self, arguments: ArgumentGroups) -> None:
+        self.model_arguments, self.data_arguments, self.supervision, self.run = arguments
+        run = self.run
+        if run.num_threads:
+            torch.set_num_threads(run.num_threads)
+        self.output_dir = Path(run.output_dir)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=run.mixed_precision,
+            log_with=[name for name in run.report_to if name != "none"] or None,
+            project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        set_seed(run.seed)
+        with self.accelerator.main_process_first():
+            self.data = build_data(self.data_arguments, with_masks=self.supervision.supervision == "full")
+        model, self.processor, report = build_model(
+            self.model_arguments,
+            names=self.data.names,
+            category_ids=self.data.category_ids,
+            image_size=self.data_arguments.image_size,
+        )
+        for line in report:
+            self.say(line)
+        if run.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(self.accelerator.device)
+        self.step = build_step(model, self.processor, self.supervision, run).to(self.accelerator.device)
+        self.optimizer = build_optimizer(
+            model,
+            learning_rate=run.learning_rate,
+            backbone_lr_multiplier=run.backbone_lr_multiplier,
+            weight_decay=run.weight_decay,
+        )
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            schedule=run.lr_schedule,
+            warmup_steps=steps_of(run.lr_warmup, run.max_steps),
+            max_steps=run.max_steps,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        self.batches = MicroBatches(
+            self.data,
+            self.data_arguments,
+            run,
+            self.processor,
+            with_masks=self.supervision.supervision == "full",
+            accelerator=self.accelerator,
+        )
+        self.resumer = Resumer(self)
+        self.best: dict = {"step": None, "value": -1.0}
+        self.last_metrics: dict = {}
+        self.last_seen = None
+
+    @property
+    def student(self) -> torch.nn.Module:
+        """The network without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def exported(self) -> torch.nn.Module:
+        """The network that is evaluated and exported."""
+        return self.step.teacher.model if self.run.export == "teacher" else self.student
+
+    def say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+    def train(self) -> dict:
+        """Train to `max_steps` (or `stop_after`), evaluate, export -> the final metrics."""
+        run = self.run
+        self.resumer.resume()
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("sim_hf")
+        self.model.train()
+        self.step.train()
+        last = min(run.max_steps, run.stop_after or run.max_steps)
+        eval_every, save_every = steps_of(run.eval_every, run.max_steps), steps_of(run.checkpoint_every, run.max_steps)
+        stream = iter(self.batches)
+        bar = tqdm(
+            total=run.max_steps,
+            initial=self.step.global_step,
+            desc=f"train {self.supervision.supervision}",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        while self.step.global_step < last:
+            record = self.optimizer_step(stream)
+            done = self.step.global_step
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.2f}")
+            if done % run.log_every == 0 or done == 1:
+                self.log(record)
+            if eval_every and done % eval_every == 0 and done < run.max_steps:
+                self.evaluate(limit=run.eval_limit)
+            if (save_every and done % save_every == 0) or done == last:
+                self.resumer.save()
+        bar.close()
+        if self.step.global_step >= run.max_steps:
+            self.evaluate(limit=None)
+            export_model(self)
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        return self.last_metrics
+
+    def optimizer_step(self, stream: Iterator[list[dict]]) -> dict[str, float]:
+        """One update over all micro-batches -> what was measured (losses summed over the micro-batches)."""
+        inputs = [self.step.prepare(batch) for batch in next(stream)]
+        normalizers = self.step.normalizers(inputs)
+        sums: dict[str, float] = {}
+        outputs: list[CriterionOutput] = []
+        for index, micro in enumerate(inputs):
+            last = index == len(inputs) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    output = self.step(self.model, micro, normalizers)
+                # DDP averages over ranks while the counts are of all ranks together.
+                self.accelerator.backward(output.total * self.accelerator.num_processes)
+            outputs.append(output)
+            for name, loss in output.losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss.detach())
+        gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
+        record = {"loss": sum(sums.values()), **sums, "gradient_norm": float(gradient_norm)}
+        self._check_finite(record, inputs)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.optimizer_step_was_skipped:
+            self.step.after_skipped_update()
+            self.batches.advance()
+            self.say(f"step {self.step.global_step}: fp16 overflow, update skipped, loss scale reduced")
+            return record
+        self.scheduler.step()
+        self.step.after_update(self.student)
+        self.batches.advance()
+        if outputs[-1].pseudo_masks is not None:
+            self.last_seen = (inputs[-1], outputs[-1].pseudo_masks)
+        if self.step.global_step % self.run.log_every == 0:
+            record.update(self._diagnose(inputs[-1], outputs[-1]))
+        return record
+
+    def _check_finite(self, record: dict[str, float], inputs: list[StepInputs]) -> None:
+        """Stop on all ranks before the update. The reduced gradient is non-finite on every rank if a loss was on any, so all
+        ranks come here together; with fp16 an infinite gradient alone is the scaler's business."""
+        finite = {name: bool(torch.isfinite(torch.tensor(value))) for name, value in record.items()}
+        if all(finite.values()):
+            return
+        guilty = [name for name, is_finite in finite.items() if not is_finite and name.startswith("loss_")]
+        if self.run.mixed_precision == "fp16":
+            flags = torch.tensor(float(bool(guilty)), device=self.accelerator.device)
+            if not float(self.accelerator.reduce(flags, "sum")):
+                return
+        keys = [key for micro in inputs for key in micro.image_keys]
+        reports = gather_object([f"rank {self.accelerator.process_index}: {', '.join(guilty) or 'gradient'} (images {keys})"])
+        raise NonFiniteLossError(
+            f"step {self.step.global_step}: not finite before the update, nothing was changed. " + "; ".join(reports)
+        )
+
+    @torch.no_grad()
+    def _diagnose(self, inputs: StepInputs, output: CriterionOutput) -> dict[str, float]:
+        """Mask-free diagnostics of the student's final positives (METHOD: fill, corner, centre, leak) and the criterion's."""
+        values = {name: float(value) for name, value in output.diagnostics.items()}
+        positives = output.positives
+        if positives is not None and len(positives.mask_logits_NHW):
+            stride = inputs.targets.input_size[0] / positives.mask_logits_NHW.shape[-2]
+            diagnostics = mask_diagnostics(
+                positives.mask_logits_NHW.sigmoid(), inputs.targets.boxes_G4[positives.instance_ids_N], stride
+            )
+            values.update({name: float(value) for name, value in diagnostics.items()})
+            warning = collapse_warning(diagnostics)
+            if warning:
+                self.say(f"step {self.step.global_step}: warning: {warning}")
+        return values
+
+    def log(self, record: dict[str, float]) -> None:
+        """One line on the console, one in metrics.jsonl, one for each tracker."""
+        record = {"step": self.step.global_step, "learning_rate": self.scheduler.get_last_lr()[0], **record}
+        if self.accelerator.is_main_process:
+            shown = {k.removeprefix("loss_"): v for k, v in record.items() if k not in ("step", "learning_rate")}
+            tqdm.write(f"step {record['step']:>6}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def evaluate(self, *, limit: int | None) -> None:
+        """Mask and box AP of the exported network on the validation images, a picture sheet, and the best step so far."""
+        metrics = evaluate_and_draw(self, limit=limit)
+        self.model.train()
+        if not metrics:
+            return
+        self.last_metrics = metrics
+        value = metrics.get("segm/AP")
+        value = metrics.get("bbox/AP") if value is None else value
+        if value is not None and value >= self.best["value"]:
+            self.best = {"step": self.step.global_step, "value": value}
+            export_model(self, folder="best")
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, float)}, step=self.step.global_step)
+
+
+def train(arguments: ArgumentGroups) -> dict:
+    """Build and train -> final metrics (empty when there is nothing to evaluate on)."""
+    return Trainer(arguments).train()
