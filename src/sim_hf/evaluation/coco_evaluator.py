@@ -23,12 +23,14 @@ from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
 AREAS = ("all", "small", "medium", "large")  # pycocotools' order
 IOU_TYPES = ("segm", "bbox")
+NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set does not have; it may not be predicted
 
 
 class CocoEvaluator:
     """Collects predictions image by image and gives COCO's numbers.
 
-    ground_truth: anything `coco_ground_truth` takes. category_ids: label -> original category id. max_detections: AP and the
+    ground_truth: anything `coco_ground_truth` takes. category_ids: label -> original category id
+    (NO_CATEGORY: the data set has none for it). max_detections: AP and the
     AR of the area ranges are at the last. only_seen: evaluate the images that were given to `update`, instead of all.
 
     Every category of the ground truth counts, as in COCO's own evaluation: one the model cannot predict has AP 0. Box AP is
@@ -209,9 +211,10 @@ def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequ
     scores_n, labels_n = _numbers(result, "scores", image_id), _numbers(result, "labels", image_id)
     if scores_n.ndim != 1 or scores_n.shape != labels_n.shape:
         raise ValueError(f"image {image_id}: scores {scores_n.shape} and labels {labels_n.shape} must both be (n,)")
-    bad_labels = [label for label in labels_n.tolist() if label != int(label) or not 0 <= label < len(category_ids)]
+    known = {label for label, category_id in enumerate(category_ids) if category_id != NO_CATEGORY}
+    bad_labels = [label for label in labels_n.tolist() if label not in known]
     if bad_labels:
-        raise ValueError(f"image {image_id}: label {bad_labels[0]} is not among the {len(category_ids)} known labels")
+        raise ValueError(f"image {image_id}: label {bad_labels[0]:g} has no category, known are {sorted(known)[:20]}")
     count = len(scores_n)
     boxes_n4 = _numbers(result, "boxes", image_id) if result.get("boxes") is not None else None
     if boxes_n4 is not None and boxes_n4.shape != (count, 4) and not boxes_n4.size == count == 0:
@@ -297,9 +300,7 @@ def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[dict[str, Any
 
 def _checked_category_ids(category_ids: Sequence[int], categories: Sequence[Mapping[str, Any]]) -> list[int]:
     ids = [as_id(category_id, "category id") for category_id in category_ids]
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"category_ids must be different from one another, got {ids}")
-    unknown = sorted(set(ids) - {category["id"] for category in categories})
+    unknown = sorted(set(ids) - {category["id"] for category in categories} - {NO_CATEGORY})
     if unknown:
         raise ValueError(f"category ids {unknown} are not among the categories of the ground truth")
     return ids

@@ -84,7 +84,8 @@ def _from_dataset(dataset: Dataset, category_ids: Sequence[int] | None) -> dict[
     if len(ids) != len(names):
         raise ValueError(f"category_ids: {len(ids)} ids for the {len(names)} categories of the data set")
     images, annotations = [], []
-    for row in dataset.select_columns(["image_id", "width", "height", "objects"]):
+    rows: Any = dataset.select_columns(["image_id", "width", "height", "objects"])
+    for row in rows:
         images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
         for instance in _rows(row["objects"]):
             label = instance.pop("category")
@@ -171,7 +172,7 @@ def _clean_box(box: Any, name: str) -> list[float]:
     return [float(value) for value in box]
 
 
-def _run_lengths(annotation: Mapping[str, Any], name: str, image: Mapping[str, Any]) -> tuple[dict | None, str | None]:
+def _run_lengths(annotation: Mapping[str, Any], name: str, image: Mapping[str, Any]) -> tuple[Any, str | None]:
     segmentation = annotation.get("segmentation")
     if segmentation is None or segmentation in ("", [], {}):
         return None, f"{name} has no segmentation"

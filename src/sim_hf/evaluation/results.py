@@ -54,10 +54,10 @@ def format_table(metrics: Mapping[str, float | None]) -> str:
         value = metrics.get(key)
         return f"{'n/a':>7}" if value is None else f"{100 * value:7.2f}"
 
-    recalls = sorted({key.split("/")[1] for key in metrics if key.split("/")[1:2] and key.split("/")[1].startswith("AR")})
-    recalls.sort(key=lambda name: (not name[2:].isdigit(), int(name[2:]) if name[2:].isdigit() else 0))
-    classes = sorted({key.split("/", 2)[2] for key in metrics if key.count("/") >= 2})
-    rows = [*TABLE_ROWS, *recalls, *(f"AP/{name}" for name in classes)]
+    known = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics if key.startswith(("segm/", "bbox/"))))
+    recalls = [name for name in known if name.startswith("AR")]
+    classes = [name for name in known if name.startswith("AP/")]
+    rows = [*TABLE_ROWS, *recalls, *classes]
     width = max(len(row) for row in rows)
     lines = [f"{'':{width}}  {'mask':>7}  {'box':>7}"]
     lines += [f"{row:{width}}  {cell(f'segm/{row}')}  {cell(f'bbox/{row}')}" for row in rows]
@@ -103,10 +103,10 @@ def typed_command(arguments: list[str], original_arguments: list[str]) -> str:
     interpreter_part = original_arguments[: len(original_arguments) - len(arguments) + 1]
     if len(interpreter_part) >= 2 and interpreter_part[-2] == "-m":
         program = ["python", "-m", interpreter_part[-1]]
-    elif Path(arguments[0]).is_absolute():
-        program = [Path(arguments[0]).name]
     else:
-        program = [arguments[0]]
+        script = Path(arguments[0])
+        name = script.name if script.is_absolute() else str(script)
+        program = ["python", name] if script.suffix == ".py" else [name]
     return shlex.join([*program, *arguments[1:]])
 
 
