@@ -24,10 +24,11 @@ def masked_bce_loss(mask_logits_NHW: Tensor, target_NHW: Tensor, trusted_NHW: Te
     """
     logits_NP, target_NP, trusted_NP = _flat(mask_logits_NHW, target_NHW, trusted_NHW)
     losses_NP = functional.binary_cross_entropy_with_logits(logits_NP, target_NP, reduction="none")
+    # Divided before the sum: no partial sum is larger than the largest loss, whatever the logits.
     if trusted_NP is None:
-        return losses_NP.mean(-1)
-    # Shares before the sum: no partial sum is larger than the largest loss, whatever the logits.
-    shares_NP = trusted_NP / _at_least_one_pixel(trusted_NP.sum(-1, keepdim=True))
+        return (losses_NP / max(losses_NP.shape[1], 1)).sum(-1)
+    total_N1 = trusted_NP.sum(-1, keepdim=True)
+    shares_NP = trusted_NP / torch.where(total_N1 > 0, total_N1, 1)
     return (losses_NP * shares_NP).sum(-1)
 
 
@@ -66,15 +67,14 @@ def uncertain_points(
     importance_ratio: float = 0.75,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Points where the mask is undecided (PointRend, Kirillov et al. 2020; Mask2Former, Sec. 3.3) -> (N, P, 2), (x, y)
-    in 0..1.
+    """Points where the mask is undecided (PointRend; Mask2Former, Sec. 3.3) -> (N, P, 2), (x, y) in 0..1.
 
     Of `oversample_ratio * num_points` uniform points, the `importance_ratio * num_points` with the smallest |logit| are
     kept; fresh uniform points fill up. `generator` may live on another device than the logits.
     """
     if oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
         raise ValueError(
-            f"expected oversample_ratio >= 1 and importance_ratio in 0..1, got {oversample_ratio} and {importance_ratio}"
+            f"expected oversample_ratio >= 1, importance_ratio in 0..1, got {oversample_ratio} and {importance_ratio}"
         )
     num_rows = mask_logits_NHW.shape[0]
     num_important = int(importance_ratio * num_points)
@@ -96,7 +96,8 @@ def bce_cost(logits_QP: Tensor, targets_GP: Tensor) -> Tensor:
     logits_QP, targets_GP = _matching_points(logits_QP, targets_GP)
     # Divided before the sum over the points, and positive terms only: nothing cancels and no partial sum overflows.
     num_points = max(logits_QP.shape[1], 1)
-    if_object_QP, if_background_QP = functional.softplus(-logits_QP) / num_points, functional.softplus(logits_QP) / num_points
+    if_object_QP = functional.softplus(-logits_QP) / num_points
+    if_background_QP = functional.softplus(logits_QP) / num_points
     with autocast_disabled(logits_QP):
         return if_object_QP @ targets_GP.T + if_background_QP @ (1 - targets_GP).T
 
@@ -120,10 +121,6 @@ def _flat(logits: Tensor, target: Tensor, trusted: Tensor | None) -> tuple[Tenso
     logits_NP = at_least_float32(logits).flatten(1)
     target_NP = target.to(logits_NP.dtype).flatten(1)
     return logits_NP, target_NP, None if trusted is None else trusted.to(logits_NP.dtype).flatten(1)
-
-
-def _at_least_one_pixel(total: Tensor) -> Tensor:
-    return torch.where(total > 0, total, 1)
 
 
 def _matching_points(logits_QP: Tensor, targets_GP: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Pairwise term of BoxInst (Tian et al. 2021, Sec. 3.2), the second box supervision that SIM keeps.
+"""Pairwise term of BoxInst (Tian et al. 2021), the second box supervision that SIM keeps.
 
 Two nearby pixels of similar colour probably have the same label. An edge joins a pixel (its anchor) to a pixel of the
 dilated 3x3 ring around it; BoxInst counts the edge when the colours are similar *and the anchor lies in the box*. The
@@ -34,7 +34,7 @@ class PairwiseEdges:
     """The edges that count, made once a step and shared by all decoder layers.
 
     Sorted by instance. instance_ids_E: row of `InstanceTargets`. anchors_E, neighbours_E: flat pixel index (row * W +
-    column) of the two ends. weights_E: 1 or 2, how many of the ends lie in the box. shares_E: the weights divided by their
+    column) of the two ends. weights_E: 1 or 2, how many of the ends lie in the box. shares_E: weights_E divided by its
     sum over the instance. counts_G: edges of each instance. grid_size: (H, W).
     """
 
@@ -54,8 +54,7 @@ class PairwiseEdges:
 def color_similarity(
     images_B3HW: Tensor, valid_BHW: Tensor, *, stride: int = 4, kernel_size: int = 3, dilation: int = 2
 ) -> Tensor:
-    """exp(-0.5 * Lab distance) to half of the dilated ring (BoxInst, Eq. 7 and 8) -> (B, K, H/stride, W/stride) in
-    0..1.
+    """Colour similarity exp(-0.5 * Lab distance) to half of the dilated ring -> (B, K, H/stride, W/stride) in 0..1.
 
     images_B3HW: RGB in 0..1. valid_BHW: non-zero where the batch holds image, zero in the padding (and wherever the
     caller wants no colour to count), both at input size. 0 where either end lies outside the grid or touches an invalid
@@ -99,9 +98,10 @@ def pairwise_edges(
         raise ValueError(f"threshold must be above 0, the similarity of pairs that leave the image, got {threshold}")
     if image_ids_G.shape != boxes_G4.shape[:1]:
         raise ValueError(f"expected one image id per box ({boxes_G4.shape[0]}), got {tuple(image_ids_G.shape)}")
-    offsets = half_ring_offsets(isqrt(2 * num_offsets + 1), dilation)
-    if len(offsets) != num_offsets:
+    kernel_size = isqrt(2 * num_offsets + 1)
+    if kernel_size < 3 or kernel_size**2 != 2 * num_offsets + 1:
         raise ValueError(f"similarity must hold half a ring of offsets (4 for a 3x3 kernel), got {num_offsets}")
+    offsets = half_ring_offsets(kernel_size, dilation)
     inside_GHW = box_masks(boxes_G4, height, width, stride).to(torch.uint8)
     ends_GKHW = inside_GHW[:, None].repeat(1, num_offsets, 1, 1)
     for k, (down, right) in enumerate(offsets):
@@ -125,17 +125,18 @@ def pairwise_edges(
 
 
 def pairwise_loss(mask_logits_NHW: Tensor, instance_ids_N: Tensor, edges: PairwiseEdges) -> Tensor:
-    """-log P(both ends have the same label), mean over the edges of the row's instance (BoxInst, Eq. 5) -> (N,).
+    """-log P(both ends have the same label), mean over the edges of the row's instance -> (N,).
 
     0 (with a gradient path) for an instance without edges. Rows may come in any order, leave instances out, or share
     one: all decoder layers can be given at once as one long list of rows. BoxInst takes the mean over the edges of all
     instances together, where large boxes outweigh small ones; here every instance has its own mean, as in the other
     terms.
     """
-    if tuple(mask_logits_NHW.shape[1:]) != edges.grid_size:
-        raise ValueError(f"mask logits must be on the grid of the edges {edges.grid_size}, got {tuple(mask_logits_NHW.shape)}")
-    if instance_ids_N.shape != mask_logits_NHW.shape[:1]:
-        raise ValueError(f"expected one instance id per mask ({mask_logits_NHW.shape[0]}), got {tuple(instance_ids_N.shape)}")
+    shape = tuple(mask_logits_NHW.shape)
+    if shape[1:] != edges.grid_size:
+        raise ValueError(f"mask logits must be on the grid of the edges, (N, *{edges.grid_size}), got {shape}")
+    if tuple(instance_ids_N.shape) != shape[:1]:
+        raise ValueError(f"expected one instance id per mask ({shape[0]}), got {tuple(instance_ids_N.shape)}")
     counts_N = edges.counts_G[instance_ids_N]
     rows_T = torch.repeat_interleave(counts_N)
     # Where the row's edges begin in the list of edges, minus where they begin in the list of all rows.
@@ -188,13 +189,13 @@ class _PairwiseMean(torch.autograd.Function):
 def _disagreement(x_T: Tensor, y_T: Tensor) -> Tensor:
     """softplus(x) + softplus(y) - softplus(x + y) without subtracting large numbers, for finite x and y of any size.
 
-    softplus(t) = max(t, 0) + log1p(exp(-|t|)); the first parts add up to 0 when the signs agree and to min(|x|, |y|)
-    when they do not.
+    softplus(t) = max(t, 0) + log(1 + exp(-|t|)). The first parts add up to 0 when the signs agree and to min(|x|, |y|)
+    when they do not; the logarithms join into one.
     """
-    size_x_T, size_y_T = x_T.abs(), y_T.abs()
-    opposite_T = (x_T > 0) != (y_T > 0)
-    tails_T = (-size_x_T).exp_().log1p_() + (-size_y_T).exp_().log1p_() - (x_T + y_T).abs_().neg_().exp_().log1p_()
-    return tails_T + torch.minimum(size_x_T, size_y_T).mul_(opposite_T)
+    a_T, b_T, both_T = (-x_T.abs()).exp_(), (-y_T.abs()).exp_(), (x_T + y_T).abs_().neg_().exp_()
+    tails_T = (a_T + b_T + a_T * b_T).sub_(both_T).div_(both_T.add_(1)).log1p_()
+    opposed_T = torch.maximum(torch.minimum(x_T, -y_T), torch.minimum(-x_T, y_T)).clamp_(min=0)
+    return tails_T.add_(opposed_T)
 
 
 def _overlap(size: tuple[int, int] | torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

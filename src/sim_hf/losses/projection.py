@@ -1,4 +1,4 @@
-"""Projection term of BoxInst (Tian et al. 2021, Sec. 3.1), the box supervision that SIM keeps.
+"""Projection term of BoxInst (Tian et al. 2021), the first box supervision that SIM keeps.
 
 A mask and its box have the same shadow on the y axis and on the x axis. The loss compares the shadows, so it says how
 far the mask must reach and nothing about its shape inside the box.
@@ -25,7 +25,7 @@ def box_projections(boxes_G4: Tensor, height: int, width: int, stride: float) ->
 
 
 def projection_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor) -> Tensor:
-    """Dice loss between the shadows of mask and box, summed over the two axes (BoxInst, Eq. 2) -> (N,) in 0..2.
+    """Dice loss between the shadows of mask and box, summed over the two axes -> (N,) in 0..2.
 
     `rows_NH` and `columns_NW` are `box_projections` of the instance of each row.
     """
