@@ -30,7 +30,8 @@ def instance_diagnostics(masks_NHW: Tensor, boxes_N4: Tensor, stride: float) -> 
     if masks_NHW.dim() != 3 or boxes_N4.shape != (len(masks_NHW), 4):
         raise ValueError(f"expected masks (N, H, W) and boxes (N, 4), got {tuple(masks_NHW.shape)}, {tuple(boxes_N4.shape)}")
     masks_NHW = masks_NHW.float()
-    rows_NH, columns_NW = rasterize_boxes(boxes_N4, *masks_NHW.shape[1:], stride)
+    _, height, width = masks_NHW.shape
+    rows_NH, columns_NW = rasterize_boxes(boxes_N4, height, width, stride)
 
     def coverage(part_NH: Tensor, part_NW: Tensor) -> tuple[Tensor, Tensor]:
         mass_N = torch.einsum("nhw,nh,nw->n", masks_NHW, part_NH.float(), part_NW.float())
@@ -52,7 +53,8 @@ def mask_diagnostics(masks_NHW: Tensor, boxes_N4: Tensor, stride: float, *, min_
     (left) give an empty dict.
     """
     per_instance = instance_diagnostics(masks_NHW, boxes_N4, stride)
-    rows_NH, columns_NW = rasterize_boxes(boxes_N4, *masks_NHW.shape[1:], stride)
+    _, height, width = masks_NHW.shape
+    rows_NH, columns_NW = rasterize_boxes(boxes_N4, height, width, stride)
     large_N = (rows_NH.sum(1) >= min_box_cells) & (columns_NW.sum(1) >= min_box_cells)
     num_instances = int(large_N.sum())
     if num_instances == 0:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from sim_hf.mask_generation.memory_bank import BankInstance, MemoryBank
+from sim_hf.mask_generation.memory_bank import BankInstance, MemoryBank, valid_sizes
 from sim_hf.structures import InstanceTargets, mask_boxes
 
 
@@ -74,7 +74,7 @@ def copy_paste(
     chosen = [i for i, generator in enumerate(generators) if _uniform(generator) < probability]
     if not chosen:
         return images_BCHW, targets
-    areas = _valid_areas(pixel_mask_BHW)
+    areas = valid_sizes(pixel_mask_BHW)
     pastes: dict[int, list[_Paste]] = {}
     for i in chosen:
         drawn = bank.draw(generators[i])
@@ -94,13 +94,6 @@ def _generator(seed: int, step: int, image_key: int) -> torch.Generator:
 
 def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
-def _valid_areas(pixel_mask_BHW: Tensor) -> list[tuple[int, int]]:
-    """(height, width) of each image without its padding, which is at the bottom and at the right."""
-    valid_BHW = pixel_mask_BHW.bool()
-    sizes_B2 = torch.stack([valid_BHW.any(2).sum(1), valid_BHW.any(1).sum(1)], -1)
-    return [(height, width) for height, width in sizes_B2.tolist()]
 
 
 def _place(

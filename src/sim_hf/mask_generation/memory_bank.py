@@ -130,17 +130,19 @@ class MemoryBank:
         real_masks_GHW = None if chosen.masks_GHW is None else chosen.masks_GHW.cpu()
         # One transfer of bytes from a device; on the CPU only the crops are converted.
         images_BCHW = images_BCHW if images_BCHW.device.type == "cpu" else _to_uint8(images_BCHW).cpu()
-        sizes = _valid_sizes(pixel_mask_BHW, targets)
+        sizes = [targets.input_size] * targets.num_images if pixel_mask_BHW is None else valid_sizes(pixel_mask_BHW)
         found: dict[int, list[BankInstance]] = {}
         records = zip(chosen.boxes_G4.tolist(), chosen.image_ids_G.tolist(), chosen.has_mask_G.tolist(), strict=True)
         labels = chosen.class_labels_G.tolist()
         for g, (box, image_id, has_mask) in enumerate(records):
             crop = _pixel_box(box, *sizes[image_id])
-            if has_mask:
+            if has_mask and real_masks_GHW is not None:
                 mask_HW, score = real_masks_GHW[g, crop[1] : crop[3], crop[0] : crop[2]], REAL_MASK_SCORE
-            else:
+            elif probabilities_GHW is not None:
                 mask_HW = _crop_upsampled(probabilities_GHW[g], box, crop, targets.input_size) > self.mask_threshold
                 score = scores[g]
+            else:
+                raise ValueError("targets say that an instance has a real mask (has_mask_G), but masks_GHW is None")
             instance = self._make_instance(images_BCHW[image_id], mask_HW, crop, labels[g], score)
             if instance is not None:
                 found.setdefault(image_id, []).append(instance)
@@ -253,12 +255,9 @@ def _to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _valid_sizes(pixel_mask_BHW: Tensor | None, targets: InstanceTargets) -> list[tuple[int, int]]:
+def valid_sizes(pixel_mask_BHW: Tensor) -> list[tuple[int, int]]:
     """(height, width) of each image without its padding, which is at the bottom and at the right."""
-    if pixel_mask_BHW is None:
-        return [targets.input_size] * targets.num_images
-    valid_BHW = pixel_mask_BHW.bool()
-    sizes_B2 = torch.stack([valid_BHW.any(2).sum(1), valid_BHW.any(1).sum(1)], -1)
+    sizes_B2 = torch.stack([pixel_mask_BHW[:, :, 0].bool().sum(1), pixel_mask_BHW[:, 0].bool().sum(1)], -1)
     return [(height, width) for height, width in sizes_B2.tolist()]
 
 
