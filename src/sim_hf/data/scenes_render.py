@@ -12,14 +12,13 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from .scenes_shapes import BODIES, CLASS_NAMES, CLUTTER, Bones, Relief, bounds, pose, relief
+from .scenes_shapes import BODIES, CLASS_NAMES, CLUTTER, Bones, FloatArray, Relief, bounds, pose, relief, tuft, twig
 from .scenes_textures import (
     ALL_COATS,
     CLASS_COATS,
     CLASS_HUES,
     GROUNDS,
     HUE_SPREAD,
-    Array32,
     blend,
     blur,
     coat,
@@ -32,7 +31,7 @@ from .scenes_textures import (
 )
 
 MIN_VISIBLE_PIXELS = 40
-MIN_CONTRAST = 0.17  # between the mean colours of a body and of what lies below it
+MIN_CONTRAST = 0.24  # between the mean colours of a body and of what surrounds it, in the channel where they differ most
 SIZE_RANGE = (0.12, 0.7)  # longer side of a body, as a fraction of the longer side of the picture
 ASPECT_RATIOS = (1.0, 0.8, 0.75, 0.75, 0.667, 0.5625)
 UPRIGHT_CLASS = CLASS_NAMES.index("jellyfish")
@@ -121,7 +120,7 @@ def _draw_light(rng: Generator, difficulty: float) -> _Light:
     return _Light(direction, rng.uniform(0.4, 0.65), rng.uniform(0.15, 0.55) * max(difficulty, 0.5))
 
 
-def _ground(rng: Generator, height: int, width: int, difficulty: float) -> tuple[Array32, tuple[Array32, ...]]:
+def _ground(rng: Generator, height: int, width: int, difficulty: float) -> tuple[FloatArray, tuple[FloatArray, ...]]:
     """The picture without bodies, and its main colours. At difficulty 0 it is one plain, softly graded colour."""
     names = list(GROUNDS)
     main, other = (GROUNDS[names[int(i)]] for i in rng.integers(0, len(names), 2))
@@ -151,10 +150,10 @@ def _place_bodies(rng: Generator, height: int, width: int, num_objects: int | No
     """Bodies of random classes; some are set on top of an earlier one, mostly of its own class."""
     side = max(height, width)
     count = int(rng.choice([1, 2, 3, 4, 5], p=[0.26, 0.3, 0.22, 0.13, 0.09])) if num_objects is None else num_objects
-    largest = SIZE_RANGE[1] * min(1.0, 1.35 / max(count, 1) ** 0.6)
+    largest = SIZE_RANGE[1] * min(1.0, 1.6 / max(count, 1) ** 0.6)
     items: list[_Item] = []
     for _ in range(count):
-        class_label, extent = int(rng.integers(len(BODIES))), side * np.exp(rng.uniform(np.log(0.16), np.log(largest)))
+        class_label, extent = int(rng.integers(len(BODIES))), side * rng.uniform(0.15, largest)
         neighbor = items[int(rng.integers(len(items)))] if items and rng.random() < 0.35 * difficulty else None
         if neighbor is not None:
             extent = 0.5 * (extent + _extent(neighbor.bones))
@@ -202,16 +201,16 @@ def _place_clutter(rng: Generator, height: int, width: int, difficulty: float) -
     for _ in range(round(float(rng.integers(2, 11)) * difficulty)):
         kind = CLUTTER[int(rng.integers(len(CLUTTER)))]
         center = (rng.uniform(0, width), rng.uniform(0, height))
-        turn = rng.normal(0, 0.15) if kind.__name__ == "tuft" else 2 * np.pi * rng.random()
+        turn = rng.normal(0, 0.15) if kind is tuft else 2 * np.pi * rng.random()
         bones = pose(kind(rng), rng, extent=side * rng.uniform(0.06, 0.28), center=center, angle=float(turn))
-        in_front = kind.__name__ in ("tuft", "twig") and rng.random() < 0.4
-        items.append(_Item(bones, 2.0 if in_front else rng.uniform(-0.5, 0.35), None))
+        in_front = kind in (tuft, twig) and rng.random() < 0.4
+        items.append(_Item(bones, 2.0 if in_front else rng.uniform(-0.5, 0.15), None))
     return items
 
 
 def _paint(
-    rng: Generator, canvas: Array32, palette: tuple[Array32, ...], items: list[_Item], light: _Light, difficulty: float
-) -> tuple[Array32, NDArray[np.bool_], NDArray[np.int64]]:
+    rng: Generator, canvas: FloatArray, palette: tuple[FloatArray, ...], items: list[_Item], light: _Light, difficulty: float
+) -> tuple[FloatArray, NDArray[np.bool_], NDArray[np.int64]]:
     """Paint items from back to front. A pixel belongs to the body that gives more than half of its light."""
     height, width, _ = canvas.shape
     share = np.zeros((sum(item.class_label is not None for item in items), height, width), np.float32)
@@ -226,7 +225,9 @@ def _paint(
         out_of_focus = rng.random() < (0.25 if item.class_label is None else 0.12) * difficulty
         sigma = rng.uniform(0.5, 1.3) * scale if out_of_focus else 0.0
         _cast_shadow(canvas, body, light, rng.uniform(0.02, 0.07) * _extent(item.bones))
-        color = _shade(_dress(rng, item, body, canvas, palette, difficulty), body, light, rng.uniform(0.0, 0.35))
+        color = _shade(_dress(rng, item, body, palette, difficulty), body, light, rng.uniform(0.0, 0.35))
+        if item.class_label is not None:
+            color = _set_off(color, canvas[body.window], body.coverage, MIN_CONTRAST * (1.5 - 0.5 * difficulty))
         alpha = blur(body.coverage, sigma)
         color = blur(color, sigma)
         canvas[body.window] = blend(canvas[body.window], color, alpha)
@@ -237,32 +238,36 @@ def _paint(
     return canvas, share > np.float32(0.5), np.asarray(class_labels, dtype=np.int64)
 
 
-def _dress(
-    rng: Generator, item: _Item, body: Relief, canvas: Array32, palette: tuple[Array32, ...], difficulty: float
-) -> Array32:
-    """The coat of an item, moved away from the mean colour below it where the two would be alike."""
+def _dress(rng: Generator, item: _Item, body: Relief, palette: tuple[FloatArray, ...], difficulty: float) -> FloatArray:
+    """The coat of an item, before light falls on it -> (H, W, 3)."""
     if item.class_label is None:
         colors = palette if rng.random() < 0.5 else coat_colors(rng, rng.random(), None)
         kind = str(rng.choice(["mottled", "mottled", "ribs", "spots", "bands"]))
         return coat(rng, kind, (colors[0] * np.float32(rng.uniform(0.7, 1.3)), colors[1], colors[2]), body)
     own_hue = rng.normal(CLASS_HUES[item.class_label], HUE_SPREAD)
     hue = own_hue if rng.random() > 0.35 else rng.random()
-    camouflage = palette if rng.random() < 0.3 * difficulty else None
+    camouflage = palette if rng.random() < 0.25 * difficulty else None
     kinds = CLASS_COATS[item.class_label] if rng.random() < 0.67 else ALL_COATS
-    painted = coat(rng, kinds[int(rng.integers(len(kinds)))], coat_colors(rng, hue, camouflage), body)
-    inside = body.coverage > np.float32(0.5)
-    if not inside.any():
-        return painted
-    difference = (painted[inside].mean(0, dtype=np.float64) - canvas[body.window][inside].mean(0, dtype=np.float64)).round(4)
-    contrast = float(np.abs(difference).max())
-    wanted = MIN_CONTRAST * (2 - difficulty)
-    if contrast < wanted:
-        brighter = difference.sum() > 0 if painted[inside].max() < 0.9 else False
-        painted = painted + np.float32((wanted - contrast) * (1 if brighter else -1))
-    return np.clip(painted, np.float32(0.02), np.float32(1.2))
+    return coat(rng, kinds[int(rng.integers(len(kinds)))], coat_colors(rng, hue, camouflage), body)
 
 
-def _shade(color: Array32, body: Relief, light: _Light, gloss: float) -> Array32:
+def _set_off(color: FloatArray, below: FloatArray, coverage: FloatArray, wanted: float) -> FloatArray:
+    """Lighten or darken a body whose mean colour is closer than `wanted` to that of what surrounds it."""
+    inside, outside = coverage > np.float32(0.5), coverage < np.float32(0.5)
+    if not inside.any() or not outside.any():
+        return color
+    own, other = (pixels.mean(0, dtype=np.float64).round(4) for pixels in (color[inside], below[outside]))
+    missing = wanted - float(np.abs(own - other).max())
+    if missing <= 0:
+        return color
+    room_above, room_below = 0.9 - float(own.max()), float(own.max()) - 0.12
+    lighten = room_above > missing and (float((own - other).sum()) > 0 or room_below < missing)
+    if lighten:
+        return color + np.float32(missing)
+    return color * np.float32(max(1 - missing / max(float(own.max()), 0.1), 0.25))
+
+
+def _shade(color: FloatArray, body: Relief, light: _Light, gloss: float) -> FloatArray:
     """Lambert's law on the height field, a soft highlight, and darker folds."""
     height = blur(body.height, 0.8)
     slope_y, slope_x = np.gradient(height)
@@ -278,7 +283,7 @@ def _shade(color: Array32, body: Relief, light: _Light, gloss: float) -> Array32
     return color * lit[..., None] + (highlight * np.float32(gloss))[..., None]
 
 
-def _cast_shadow(canvas: Array32, body: Relief, light: _Light, distance: float) -> None:
+def _cast_shadow(canvas: FloatArray, body: Relief, light: _Light, distance: float) -> None:
     """Darken the canvas (in place) beside the body, away from the light."""
     height, width, _ = canvas.shape
     reach = int(distance * 2.5) + 2
@@ -296,7 +301,7 @@ def _cast_shadow(canvas: Array32, body: Relief, light: _Light, distance: float) 
     canvas[top:bottom, left:right] *= (1 - np.float32(light.shadow) * cast)[..., None]
 
 
-def _camera(rng: Generator, canvas: Array32, difficulty: float) -> NDArray[np.uint8]:
+def _camera(rng: Generator, canvas: FloatArray, difficulty: float) -> NDArray[np.uint8]:
     """Uneven light, white balance, saturation, contrast, exposure, lens and sensor -> uint8 (H, W, 3)."""
     height, width, _ = canvas.shape
     amount = np.float32(difficulty)
@@ -312,6 +317,7 @@ def _camera(rng: Generator, canvas: Array32, difficulty: float) -> NDArray[np.ui
     haze = np.float32(difficulty * max(rng.normal(0, 0.06), 0.0))
     canvas = canvas * (1 - haze) + haze * hsv(0.58, 0.1, 0.9)
     canvas = blur(canvas, (0.35 + 0.35 * difficulty * rng.random()) * max(height, width) / 256)
-    noise = np.float32(difficulty * rng.uniform(0.005, 0.035)) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    grain = rng.standard_normal(canvas.shape).astype(np.float32)  # drawn in float64: float32's tail asks libm
+    noise = np.float32(difficulty * rng.uniform(0.005, 0.035)) * grain
     canvas = canvas + noise * np.sqrt(np.maximum(canvas, 0) + np.float32(0.1))
     return np.clip(canvas * 255 + np.float32(0.5), 0, 255).astype(np.uint8)

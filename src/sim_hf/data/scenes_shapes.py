@@ -25,8 +25,9 @@ AX, AY, BX, BY, RADIUS_A, RADIUS_B, U_A, U_B, LIFT, PART = range(10)
 BODY, LIMB, EYE = 0, 1, 2  # parts: limbs get a tone of their own, eyes are dark
 
 Bones = NDArray[np.float64]  # (N, 10)
-Array32 = NDArray[np.float32]
+FloatArray = NDArray[np.floating]  # float32 all along; numpy's stubs widen sums with Python floats
 TURN = 2 * np.pi
+MIN_RADIUS = 0.55  # pixels; thinner ends would flicker between covered and not
 
 
 @dataclass
@@ -35,11 +36,11 @@ class Relief:
 
     top: int
     left: int
-    coverage: Array32
-    height: Array32
-    along: Array32
-    across: Array32
-    part: Array32
+    coverage: FloatArray
+    height: FloatArray
+    along: FloatArray
+    across: FloatArray
+    part: FloatArray
 
     @property
     def window(self) -> tuple[slice, slice]:
@@ -47,7 +48,9 @@ class Relief:
         return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
 
 
-def chain(points: NDArray, radii: NDArray, *, along: tuple[float, float] = (0, 1), lift=0.0, part: int = BODY) -> Bones:
+def chain(
+    points: NDArray, radii: NDArray, *, along: tuple[float, float] = (0, 1), lift: float | NDArray = 0.0, part: int = BODY
+) -> Bones:
     """K points with K radii -> K - 1 bones; `lift` is one number or one per bone."""
     points = np.asarray(points, dtype=np.float64)
     u = np.linspace(along[0], along[1], len(points))
@@ -65,7 +68,7 @@ def _directions(angles: NDArray) -> NDArray:
 
 def starfish(rng: Generator) -> Bones:
     num_arms = int(rng.choice([5, 5, 5, 6, 7, 8]))
-    thickness, curl = rng.uniform(0.16, 0.25), rng.normal(0, 0.35)
+    thickness, curl = rng.uniform(0.21, 0.32), rng.normal(0, 0.35)
     angles = TURN * (np.arange(num_arms) + rng.uniform(-0.17, 0.17, num_arms)) / num_arms
     t = np.linspace(0.06, 1, 7)
     bones = []
@@ -93,10 +96,10 @@ def gecko(rng: Generator) -> Bones:
     s = np.linspace(0, 1, 19)
     amplitude, frequency, phase = rng.uniform(0.4, 1.5), rng.uniform(0.7, 1.3), rng.random()
     heading = amplitude * np.sin(TURN * (frequency * s + phase)) + rng.normal(0, 1.6) * np.maximum(s - 0.55, 0)
-    spine = np.cumsum(_directions(heading), axis=0) * (2.1 / len(s))
+    spine = np.cumsum(_directions(heading), axis=0) * (2.0 / len(s))
     knots = [0, 0.04, 0.11, 0.18, 0.25, 0.38, 0.5, 0.6, 1]
-    fatness = rng.uniform(0.8, 1.25)
-    radii = fatness * np.interp(s, knots, [0.05, 0.1, 0.125, 0.08, 0.12, 0.14, 0.105, 0.06, 0.012])
+    fatness = rng.uniform(1.1, 1.6)
+    radii = fatness * np.interp(s, knots, [0.05, 0.1, 0.125, 0.09, 0.12, 0.14, 0.115, 0.07, 0.018])
     bones = [chain(spine, radii, lift=0.02)]
     for index, fore in ((5, -1.0), (9, 1.0)):
         for side in (-1, 1):
@@ -113,8 +116,8 @@ def wreath(rng: Generator) -> Bones:
     num_strands = int(rng.choice([1, 2, 2, 3]))
     theta = np.linspace(0, TURN, 31)
     wobble = 1 + rng.uniform(0, 0.09) * np.sin(int(rng.integers(2, 4)) * theta + TURN * rng.random())
-    twists, offset = int(rng.integers(3, 6)), 0.0 if num_strands == 1 else rng.uniform(0.07, 0.1)
-    thickness = rng.uniform(0.11, 0.17) if num_strands == 1 else rng.uniform(0.075, 0.1)
+    twists, offset = int(rng.integers(3, 6)), 0.0 if num_strands == 1 else rng.uniform(0.08, 0.11)
+    thickness = rng.uniform(0.14, 0.21) if num_strands == 1 else rng.uniform(0.1, 0.13)
     bones = []
     for strand in range(num_strands):
         angle = twists * theta + TURN * strand / num_strands
@@ -130,7 +133,7 @@ def wreath(rng: Generator) -> Bones:
 
 
 def jellyfish(rng: Generator) -> Bones:
-    opening, dome = rng.uniform(1.15, 1.6), rng.uniform(0.2, 0.28)
+    opening, dome = rng.uniform(1.15, 1.6), rng.uniform(0.24, 0.33)
     theta = np.linspace(-opening, opening, 11)
     arc = np.stack([np.sin(theta) * rng.uniform(0.42, 0.55), -np.cos(theta) * rng.uniform(0.35, 0.5)], -1)
     bones = [chain(arc, dome * (1.05 - 0.7 * (theta / opening) ** 2), lift=0.12)]
@@ -138,9 +141,9 @@ def jellyfish(rng: Generator) -> Bones:
     num_tentacles, drift = int(rng.integers(5, 10)), rng.normal(0, 0.3)
     for root in np.linspace(-0.42, 0.42, num_tentacles) + rng.uniform(-0.04, 0.04, num_tentacles):
         wave = rng.uniform(0.03, 0.1) * np.sin(TURN * (rng.uniform(0.8, 1.8) * t + rng.random())) * (0.3 + t)
-        length = rng.uniform(0.8, 1.5)
+        length = rng.uniform(0.7, 1.25)
         points = np.stack([root * (1 + 0.35 * t) + wave + drift * t * t, -0.22 + length * t], -1)
-        bones.append(chain(points, rng.uniform(0.035, 0.055) * (1.1 - 0.75 * t), part=LIMB, lift=-0.1))
+        bones.append(chain(points, rng.uniform(0.05, 0.08) * (1.1 - 0.7 * t), part=LIMB, lift=-0.1))
     for root in (-0.09, 0.1):
         wave = 0.08 * np.sin(TURN * (1.1 * t + rng.random()))
         points = np.stack([root + wave + drift * t * t, -0.25 + rng.uniform(0.6, 1.0) * t], -1)
@@ -156,10 +159,10 @@ def _bird_wing(rng: Generator, side: int, reach: float, raise_: float) -> Bones:
     roots = np.stack([np.interp(t, np.linspace(0, 1, 4), arm[:, axis]) for axis in (0, 1)], -1)
     angles = np.pi / 2 + 0.25 - (0.3 + rng.uniform(0.6, 1.1)) * t**1.5
     tips = roots + _directions(angles) * (rng.uniform(0.3, 0.44) * (0.8 + 0.3 * t))[:, None]
-    bones = [chain(arm, np.array([0.11, 0.075, 0.06, 0.03]), lift=0.05)]
+    bones = [chain(arm, np.array([0.14, 0.1, 0.08, 0.04]), lift=0.05)]
     for root, tip in zip(roots, tips, strict=True):
         middle = 0.5 * (root + tip)
-        bones.append(chain(np.stack([root, middle, tip]), np.array([0.05, 0.065, 0.025]), part=LIMB, lift=-0.04))
+        bones.append(chain(np.stack([root, middle, tip]), np.array([0.065, 0.085, 0.035]), part=LIMB, lift=-0.04))
     wing = np.concatenate(bones)
     wing[:, [AX, BX]] *= side * reach
     return wing
@@ -167,7 +170,7 @@ def _bird_wing(rng: Generator, side: int, reach: float, raise_: float) -> Bones:
 
 def bird(rng: Generator) -> Bones:
     trunk = np.array([[0, -0.62], [0, -0.5], [0, -0.3], [0, -0.05], [0, 0.2], [0, 0.36]])
-    bones = [chain(trunk, rng.uniform(0.85, 1.2) * np.array([0.06, 0.1, 0.1, 0.14, 0.1, 0.05]), lift=0.08)]
+    bones = [chain(trunk, rng.uniform(1.05, 1.5) * np.array([0.06, 0.1, 0.1, 0.14, 0.11, 0.06]), lift=0.08)]
     bones.append(chain(np.array([[0, -0.64], [0, -0.76]]), np.array([0.04, 0.01]), part=EYE, lift=0.02))
     raise_ = rng.normal(0, 0.25)
     for side in (-1, 1):
@@ -175,7 +178,7 @@ def bird(rng: Generator) -> Bones:
     fan, length = rng.uniform(0.12, 0.4), rng.uniform(0.3, 0.5)
     for spread in np.linspace(-fan, fan, 4):
         tip = np.array([0, 0.3]) + _directions(np.array([np.pi / 2 + spread]))[0] * length
-        bones.append(chain(np.stack([[0, 0.3], tip]), np.array([0.05, 0.045]), part=LIMB, lift=-0.02))
+        bones.append(chain(np.stack([[0, 0.3], tip]), np.array([0.07, 0.06]), part=LIMB, lift=-0.02))
     return np.concatenate(bones)
 
 
@@ -217,27 +220,30 @@ CLUTTER: tuple[Callable[[Generator], Bones], ...] = (pebble, pebble, leaf, twig,
 def pose(bones: Bones, rng: Generator, *, extent: float, center: tuple[float, float], angle: float) -> Bones:
     """Bend the body by a smooth random field, foreshorten, turn, and fit its longer side to `extent` pixels at `center`."""
     bones = bones.copy()
-    waves = rng.normal(0, 1.6, (2, 2, 2))
-    phases, amplitudes = TURN * rng.random((2, 2)), rng.uniform(0.0, 0.07, (2, 2))
-    squeeze, turn = rng.uniform(0.72, 1.0), TURN * rng.random()
-    cosine, sine = np.cos(turn), np.sin(turn)
-    foreshorten = np.array([[cosine, -sine], [sine, cosine]]) * [[1.0], [squeeze]]
-    rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    for x, y in ((AX, AY), (BX, BY)):
-        points = bones[:, [x, y]]
-        shift = sum(amplitudes[i] * np.sin(points[:, :1] * waves[i, 0] + points[:, 1:] * waves[i, 1] + phases[i]) for i in (0, 1))
-        for matrix in (foreshorten, rotate):
-            moved = points + (shift if matrix is foreshorten else 0)
-            points = np.stack([moved[:, 0] * row[0] + moved[:, 1] * row[1] for row in matrix], -1)  # no BLAS
-        bones[:, [x, y]] = points
+    frequencies, phases = rng.normal(0, 1.6, (2, 2)), TURN * rng.random((2, 2))
+    amplitudes = rng.uniform(0.0, 0.07, (2, 2))
+    squeeze, viewpoint = rng.uniform(0.72, 1.0), TURN * rng.random()
+    for columns in ([AX, AY], [BX, BY]):
+        points = bones[:, columns]
+        for wave in (0, 1):
+            phase = points[:, :1] * frequencies[wave, 0] + points[:, 1:] * frequencies[wave, 1] + phases[wave]
+            points = points + amplitudes[wave] * np.sin(phase)
+        points = _turn(points, viewpoint) * [1.0, squeeze]
+        bones[:, columns] = _turn(points, angle - viewpoint)
     bones[:, [RADIUS_A, RADIUS_B]] *= np.sqrt(squeeze)
     left, top, right, bottom = bounds(bones)
     scale = extent / max(right - left, bottom - top)
     bones[:, [AX, BX]] = (bones[:, [AX, BX]] - 0.5 * (left + right)) * scale + center[0]
     bones[:, [AY, BY]] = (bones[:, [AY, BY]] - 0.5 * (top + bottom)) * scale + center[1]
-    bones[:, [RADIUS_A, RADIUS_B]] = np.maximum(bones[:, [RADIUS_A, RADIUS_B]] * scale, 0.55)
+    bones[:, [RADIUS_A, RADIUS_B]] = np.maximum(bones[:, [RADIUS_A, RADIUS_B]] * scale, MIN_RADIUS)
     bones[:, LIFT] *= scale
     return bones
+
+
+def _turn(points: NDArray, angle: float) -> NDArray:
+    """(K, 2) turned by `angle`; written out, since BLAS may round otherwise on another machine."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return np.stack([cosine * points[:, 0] - sine * points[:, 1], sine * points[:, 0] + cosine * points[:, 1]], -1)
 
 
 def bounds(bones: Bones) -> tuple[float, float, float, float]:
@@ -258,8 +264,8 @@ def relief(bones: Bones, height: int, width: int) -> Relief | None:
     margin, surface = np.full(shape, -9, np.float32), np.full(shape, -1e6, np.float32)
     along, across, part = (np.zeros(shape, np.float32) for _ in range(3))
     bones = bones.copy()
-    bones[:, [AX, BX]] -= x0 - 0.5 + 1  # pixel centres lie at +0.5
-    bones[:, [AY, BY]] -= y0 - 0.5 + 1
+    bones[:, [AX, BX]] -= x0 + 0.5  # pixel (0, 0) of the window has its centre there
+    bones[:, [AY, BY]] -= y0 + 0.5
     for bone in bones.astype(np.float32):
         _raise_bone(bone, margin, surface, along, across, part)
     np.clip(margin + np.float32(0.5), 0, 1, out=margin)
@@ -267,7 +273,9 @@ def relief(bones: Bones, height: int, width: int) -> Relief | None:
     return Relief(y0, x0, margin, surface, along, across, part)
 
 
-def _raise_bone(bone, margin: Array32, surface: Array32, along: Array32, across: Array32, part: Array32) -> None:
+def _raise_bone(
+    bone: FloatArray, margin: FloatArray, surface: FloatArray, along: FloatArray, across: FloatArray, part: FloatArray
+) -> None:
     """Add one bone to the buffers (in place), touching only the pixels around it."""
     ax, ay, bx, by, radius_a, radius_b, u_a, u_b, lift, kind = bone
     reach = max(radius_a, radius_b) + 2

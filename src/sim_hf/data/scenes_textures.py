@@ -12,13 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from .scenes_shapes import EYE, LIMB, Relief
-
-Array32 = NDArray[np.float32]
+from .scenes_shapes import EYE, LIMB, FloatArray, Relief
 
 # What a coat of each class mostly looks like; one in three takes any of the others.
 CLASS_COATS: tuple[tuple[str, ...], ...] = (
@@ -52,19 +49,19 @@ GROUNDS: dict[str, Ground] = {
     "soil": Ground((0.02, 0.1), (0.25, 0.6), (0.2, 0.5), "grain"),
     "bark": Ground((0.03, 0.12), (0.1, 0.45), (0.25, 0.6), "blades"),
     "snow": Ground((0.55, 0.7), (0.02, 0.15), (0.7, 0.92), "grain"),
-    "dusk": Ground((0.7, 1.05), (0.15, 0.5), (0.3, 0.8), "bokeh"),
-    "reef": Ground((0.4, 1.1), (0.2, 0.6), (0.3, 0.65), "cells"),
+    "dusk": Ground((0.7, 1.05), (0.1, 0.35), (0.3, 0.8), "bokeh"),
+    "reef": Ground((0.4, 1.1), (0.1, 0.45), (0.3, 0.65), "cells"),
 }
 
 
-def hsv(hue: float, saturation: float, value: float) -> Array32:
+def hsv(hue: float, saturation: float, value: float) -> FloatArray:
     """Hue wraps around; saturation and value are clipped -> (3,)."""
     saturation, value = min(max(saturation, 0.0), 1.0), min(max(value, 0.0), 1.0)
     channels = [min(max(abs((hue * 6 + shift) % 6 - 3) - 1, 0.0), 1.0) for shift in (0, 4, 2)]
     return np.array([value * (1 - saturation + saturation * c) for c in channels], dtype=np.float32)
 
 
-def lattice_noise(rng: Generator, height: int, width: int, rows: float, columns: float) -> Array32:
+def lattice_noise(rng: Generator, height: int, width: int, rows: float, columns: float) -> FloatArray:
     """Smooth noise in 0..1 with about `rows` x `columns` cells -> (H, W)."""
     lattice = rng.random((max(int(rows), 1) + 3, max(int(columns), 1) + 3), dtype=np.float32)
     inner = (1.0, 1.0, lattice.shape[1] - 1.0, lattice.shape[0] - 1.0)
@@ -72,7 +69,7 @@ def lattice_noise(rng: Generator, height: int, width: int, rows: float, columns:
     return np.clip(np.asarray(smooth), 0, 1)
 
 
-def fractal_noise(rng: Generator, height: int, width: int, cells: float, octaves: int, stretch: float = 1.0) -> Array32:
+def fractal_noise(rng: Generator, height: int, width: int, cells: float, octaves: int, stretch: float = 1.0) -> FloatArray:
     """Octaves of noise, about 0..1 -> (H, W); `cells` along the longer side; `stretch` > 1 draws it out vertically."""
     side, total, weight = max(height, width), np.zeros((height, width), np.float32), np.float32(1.0)
     norm = np.float32(0.0)
@@ -86,7 +83,7 @@ def fractal_noise(rng: Generator, height: int, width: int, cells: float, octaves
     return np.clip((mean - np.float32(0.5)) * np.float32(1.6) + np.float32(0.5), 0, 1)
 
 
-def cell_noise(rng: Generator, height: int, width: int, cell: float) -> tuple[Array32, Array32]:
+def cell_noise(rng: Generator, height: int, width: int, cell: float) -> tuple[FloatArray, FloatArray]:
     """Cobbles: (distance to the joint in 0..1, a random number per cell), each (H, W)."""
     rows, columns = int(height / cell) + 3, int(width / cell) + 3
     jitter_y, jitter_x, tone = rng.random((3, rows + 2, columns + 2), dtype=np.float32)
@@ -108,16 +105,16 @@ def cell_noise(rng: Generator, height: int, width: int, cell: float) -> tuple[Ar
     return np.clip((np.sqrt(second) - np.sqrt(nearest)) * np.float32(1.8), 0, 1), tones
 
 
-def blend(first: Array32, second: Array32, weight_HW: Array32) -> Array32:
+def blend(first: FloatArray, second: FloatArray, weight_HW: FloatArray) -> FloatArray:
     return first + (second - first) * weight_HW[..., None]
 
 
-def smoothstep(field: Array32, low: float, high: float) -> Array32:
+def smoothstep(field: FloatArray, low: float, high: float) -> FloatArray:
     t = np.clip((field - np.float32(low)) / np.float32(high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def blur(array: Array32, sigma: float) -> Array32:
+def blur(array: FloatArray, sigma: float) -> FloatArray:
     """Gaussian blur of the first two axes."""
     if sigma < 0.15:
         return array
@@ -126,12 +123,12 @@ def blur(array: Array32, sigma: float) -> Array32:
     return array
 
 
-def _wave(phase: Array32) -> Array32:
+def _wave(phase: FloatArray) -> FloatArray:
     """Triangle wave 0..1 of period 1: no sine, so that every machine gets the same pixels."""
     return np.abs((phase - np.floor(phase)) * 2 - 1)
 
 
-def _pattern(rng: Generator, kind: str, body: Relief, noise: Array32) -> Array32:
+def _pattern(rng: Generator, kind: str, body: Relief, noise: FloatArray) -> FloatArray:
     """Where the second colour of a coat lies -> (H, W) in 0..1."""
     u, v = body.along, body.across
     frequency = np.float32(rng.uniform(3.5, 9))
@@ -157,7 +154,7 @@ def _pattern(rng: Generator, kind: str, body: Relief, noise: Array32) -> Array32
     return noise
 
 
-def coat(rng: Generator, kind: str, colors: tuple[Array32, Array32, Array32], body: Relief) -> Array32:
+def coat(rng: Generator, kind: str, colors: tuple[FloatArray, FloatArray, FloatArray], body: Relief) -> FloatArray:
     """Paint a body: pattern, mottling, tone of the parts -> (H, W, 3)."""
     height, width = body.coverage.shape
     noise = fractal_noise(rng, height, width, max(3.0, max(height, width) / 16), 3)
@@ -170,7 +167,7 @@ def coat(rng: Generator, kind: str, colors: tuple[Array32, Array32, Array32], bo
     return painted * tone[..., None]
 
 
-def ground_colors(rng: Generator, ground: Ground) -> tuple[Array32, Array32, Array32]:
+def ground_colors(rng: Generator, ground: Ground) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Three related colours of one ground."""
     hue, saturation, value = (rng.uniform(*span) for span in (ground.hue, ground.saturation, ground.value))
     darker = hsv(hue + rng.normal(0, 0.03), saturation * 1.15, value * rng.uniform(0.45, 0.7))
@@ -178,9 +175,11 @@ def ground_colors(rng: Generator, ground: Ground) -> tuple[Array32, Array32, Arr
     return hsv(hue, saturation, value), darker, accent
 
 
-def coat_colors(rng: Generator, hue: float, camouflage: tuple[Array32, ...] | None) -> tuple[Array32, Array32, Array32]:
+def coat_colors(
+    rng: Generator, hue: float, camouflage: tuple[FloatArray, ...] | None
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Base, pattern and mottling colour of a coat; `camouflage` lends it colours of the ground."""
-    saturation, value = rng.uniform(0.15, 0.85), rng.uniform(0.25, 0.95)
+    saturation, value = rng.uniform(0.12, 0.72), rng.uniform(0.28, 0.95)
     second_value = value + rng.choice([-1, 1]) * rng.uniform(0.2, 0.5)
     second = hsv(hue + rng.normal(0, 0.1), saturation * rng.uniform(0.3, 1.2), min(max(second_value, 0.08), 0.98))
     third = hsv(hue + rng.normal(0, 0.06), saturation, value * rng.uniform(0.6, 1.3))
@@ -190,13 +189,15 @@ def coat_colors(rng: Generator, hue: float, camouflage: tuple[Array32, ...] | No
     return camouflage[0] * np.float32(rng.choice([0.7, 1.3])), second, camouflage[2]
 
 
-def paint_ground(rng: Generator, ground: Ground, colors: tuple[Array32, Array32, Array32], height: int, width: int) -> Array32:
+def paint_ground(
+    rng: Generator, ground: Ground, colors: tuple[FloatArray, FloatArray, FloatArray], height: int, width: int
+) -> FloatArray:
     """A ground of the given colours over the whole picture -> (H, W, 3)."""
     side = max(height, width)
     tones = fractal_noise(rng, height, width, rng.uniform(2, 5), 3)
     if ground.texture == "blades":
         field = fractal_noise(rng, height, width, side / rng.uniform(5, 9), 2, stretch=rng.uniform(4, 9))
-        slant = ((tones - np.float32(0.5)) * np.float32(side / 6)).astype(np.int64)
+        slant = ((tones - np.float32(0.5)) * np.float32(side / 12)).astype(np.int64)
         columns = np.clip(np.arange(width)[None, :] + slant, 0, width - 1)
         field = np.take_along_axis(field, columns, axis=1)
     elif ground.texture == "ripples":
