@@ -5,6 +5,7 @@ Shape letters: K classes (or the classes of one step), L prototypes per class, C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sim_hf.mask_generation.optimal_transport import sinkhorn_assignment
 
+_Observation = tuple[Tensor, Tensor, Tensor]  # pixels (M, C), class labels (M,), keys (M,)
 _SHORTEST_VECTOR = 1e-6  # the mean of opposite pixels has no direction
 _MIX = -7046029254386353131  # 2**64 / golden ratio as int64: the multiplier of Fibonacci hashing
 
@@ -83,10 +85,7 @@ class PrototypeBank(nn.Module):
 
     def reset_observations(self) -> None:
         """Forget the pixels collected since the last commit: an optimiser step that was skipped leaves no trace."""
-        device = self.prototypes_KLC.device
-        self._pixels_MC = torch.zeros(0, self.feature_dim, device=device)
-        self._labels_M = torch.zeros(0, dtype=torch.int64, device=device)
-        self._keys_M = torch.zeros(0, dtype=torch.int64, device=device)
+        self._observed: list[_Observation] = []
 
     @torch.no_grad()
     def observe(self, features_MC: Tensor, class_labels_M: Tensor) -> None:
@@ -103,29 +102,33 @@ class PrototypeBank(nn.Module):
             return
         if labels_M.min() < 0 or labels_M.max() >= self.num_classes:
             raise ValueError(f"class labels must be in 0..{self.num_classes - 1}, got {labels_M.unique().tolist()}")
-        pixels_MC = torch.cat([self._pixels_MC.to(device), pixels_MC])
-        labels_M = torch.cat([self._labels_M.to(device), labels_M])
-        keys_M = torch.cat([self._keys_M.to(device), _pixel_keys(pixels_MC[len(self._labels_M) :])])
-        if len(labels_M) > self.max_pixels_per_class:
+        self._observed.append((pixels_MC, labels_M, _pixel_keys(pixels_MC)))
+        if sum(len(labels_M) for _, labels_M, _ in self._observed) > self.max_pixels_per_class:
+            pixels_MC, labels_M, keys_M = self._observed_pixels()
             kept = _canonical_selection(labels_M, keys_M, self.max_pixels_per_class)
-            pixels_MC, labels_M, keys_M = pixels_MC[kept], labels_M[kept], keys_M[kept]
-        self._pixels_MC, self._labels_M, self._keys_M = pixels_MC, labels_M, keys_M
+            self._observed = [(pixels_MC[kept], labels_M[kept], keys_M[kept])]
 
     @torch.no_grad()
     def commit(self) -> None:
         """Move the prototypes by the collected pixels. Once per optimiser step, on every rank, also on one without pixels."""
-        device = self.prototypes_KLC.device
-        observed = (self._pixels_MC.to(device), self._labels_M.to(device), self._keys_M.to(device))
-        pixels_MC, labels_M, keys_M = _gather_from_all_ranks(*observed)
+        pixels_MC, labels_M, keys_M = _gather_from_all_ranks(*self._observed_pixels())
         self.reset_observations()
         if len(labels_M) == 0:
             return
         kept = _canonical_selection(labels_M, keys_M, self.max_pixels_per_class)
         # Unit length only now, on the joint pixels in their canonical order: bit-equal however they were split.
         classes_K, pixels_KMC, valid_KM = _group_by_class(_unit_length(pixels_MC[kept]), labels_M[kept])
-        with torch.autocast(device_type=device.type, enabled=False):
+        with torch.autocast(device_type=pixels_MC.device.type, enabled=False):
             self._seed_new_classes(classes_K, pixels_KMC, valid_KM)
             self._move_prototypes(classes_K, pixels_KMC, self._assign(classes_K, pixels_KMC, valid_KM))
+
+    def _observed_pixels(self) -> _Observation:
+        """What this rank has collected, on the bank's device. -> pixels (M, C), class labels (M,), keys (M,)"""
+        device = self.prototypes_KLC.device
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        parts = [(torch.zeros(0, self.feature_dim, device=device), none, none), *self._observed]
+        pixels_MC, labels_M, keys_M = (torch.cat([part.to(device) for part in column]) for column in zip(*parts, strict=True))
+        return pixels_MC, labels_M, keys_M
 
     def _seed_new_classes(self, classes_K: Tensor, pixels_KMC: Tensor, valid_KM: Tensor) -> None:
         new_K = ~self.is_ready_K[classes_K]
@@ -186,15 +189,15 @@ class PrototypeBank(nn.Module):
         if self.num_prototypes == 1:
             return self.usage_KL.new_ones(())
         entropy_K = torch.special.entr(usage_KL).sum(-1)
-        return (entropy_K / torch.tensor(float(self.num_prototypes)).log()).mean()
+        return entropy_K.mean() / math.log(self.num_prototypes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
         """Follow the module's device but not its dtype: an average with momentum 0.999 does not move in bfloat16."""
-        before = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, exact in before.items():
-            if self._buffers[name].dtype != exact.dtype:
-                self._buffers[name] = exact.to(self._buffers[name].device)
+        for name, moved in list(self.named_buffers(recurse=False)):
+            if moved.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(moved.device)
         return self
 
 
@@ -255,7 +258,7 @@ def _spread_pixels(pixels_KMC: Tensor, valid_KM: Tensor, num_prototypes: int) ->
     return torch.stack(seeds, 1)
 
 
-def _gather_from_all_ranks(pixels_MC: Tensor, labels_M: Tensor, keys_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gather_from_all_ranks(pixels_MC: Tensor, labels_M: Tensor, keys_M: Tensor) -> _Observation:
     """The pixels of all ranks; every rank takes part in the same collectives, whether it has pixels or not."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return pixels_MC, labels_M, keys_M
