@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .segmentation_text import SegmentationText, separate_segmentations
+from sim_hf.data.segmentation_text import SegmentationText, separate_segmentations
 
 MAX_FILE_BYTES = 4 * 1024**3
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .validation_report import ValidationReport
+from sim_hf.data.validation_report import ValidationReport
 
 _INT64 = np.iinfo(np.int64)
 Records = list[dict[str, Any]]

@@ -49,12 +49,12 @@ def xyxy_to_xywh(boxes_A4: np.ndarray) -> np.ndarray:
 def looks_like_xyxy(boxes_A4: np.ndarray, sizes_A2: np.ndarray) -> bool:
     """Whether boxes that should be xywh are corners: more than 5 % leave their image by more than a pixel when they are read
     as xywh, and at most 1 % do not fit when they are read as xyxy."""
-    finite_A: np.ndarray = np.isfinite(boxes_A4).all(axis=1)
+    finite_A = np.logical_and.reduce(np.isfinite(boxes_A4), axis=1)
     boxes_A4, sizes_A2 = boxes_A4[finite_A], sizes_A2[finite_A]
     if len(boxes_A4) == 0:
         return False
     overshoot_A2 = boxes_A4[:, :2] + boxes_A4[:, 2:] - sizes_A2
-    leaves_A: np.ndarray = (overshoot_A2 > OVERSHOOT_TOLERANCE).any(axis=1)
+    leaves_A = np.logical_or.reduce(overshoot_A2 > OVERSHOOT_TOLERANCE, axis=1)
     if leaves_A.sum() < max(_MIN_LEAVING_BOXES, _MIN_LEAVING_SHARE * len(boxes_A4)):
         return False
     if np.median((overshoot_A2 / sizes_A2).max(axis=1)[leaves_A]) < _MIN_MEDIAN_OVERSHOOT:
@@ -69,10 +69,10 @@ def looks_like_xyxy(boxes_A4: np.ndarray, sizes_A2: np.ndarray) -> bool:
 
 def repair_boxes(boxes_A4: np.ndarray, sizes_A2: np.ndarray) -> BoxRepair:
     """Clip xywh boxes to their images and say which ones hold no part of it. The masks exclude each other."""
-    finite_A: np.ndarray = np.isfinite(boxes_A4).all(axis=1)
+    finite_A = np.logical_and.reduce(np.isfinite(boxes_A4), axis=1)
     boxes_A4 = np.where(finite_A[:, None], boxes_A4, 0.0).astype(np.float64)
     sides_A2 = boxes_A4[:, 2:]
-    negative_A: np.ndarray = finite_A & (sides_A2 < 0).any(axis=1)
+    negative_A = finite_A & np.logical_or.reduce(sides_A2 < 0, axis=1)
     empty_A = finite_A & ~negative_A & (sides_A2 == 0).any(axis=1)
     low_A2 = boxes_A4[:, :2].clip(0, sizes_A2)
     high_A2 = (boxes_A4[:, :2] + sides_A2).clip(0, sizes_A2)

@@ -19,6 +19,11 @@ def category_description(ids: list[int]) -> str:
     return json.dumps({_MARK: ids})
 
 
+def has_category_ids(dataset: Dataset | IterableDataset) -> bool:
+    """Whether the data set carries the ids of its annotation file, which `load_coco` puts there."""
+    return bool(_stored_ids(dataset.info.description or ""))
+
+
 def category_ids(dataset: Dataset | IterableDataset) -> list[int]:
     """label -> category id of the annotation file; for data sets that never had one (from the Hub), the label itself."""
     num_labels = len(category_feature(dataset).names)

@@ -24,12 +24,12 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Va
 from datasets.table import MemoryMappedTable
 from filelock import FileLock
 
-from .annotation_file import AnnotationError, content_digest, parse_annotations, read_annotation_bytes
-from .box_format import check_box_format
-from .category_ids import category_description
-from .image_files import ImageFolder
-from .validation import CheckedAnnotations, check_annotations
-from .validation_report import ValidationReport
+from sim_hf.data.annotation_file import AnnotationError, content_digest, parse_annotations, read_annotation_bytes
+from sim_hf.data.box_format import check_box_format
+from sim_hf.data.category_ids import category_description
+from sim_hf.data.image_files import ImageFolder
+from sim_hf.data.validation import CheckedAnnotations, check_annotations
+from sim_hf.data.validation_report import ValidationReport
 
 logger = logging.getLogger(__name__)
 

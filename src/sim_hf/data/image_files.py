@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .images import ALLOWED_FORMATS, DEFAULT_MAX_PIXELS, ImageError, read_image
+from sim_hf.data.images import ALLOWED_FORMATS, DEFAULT_MAX_PIXELS, ImageError, read_image
 
 _MAX_PART_BYTES = 255
 _MAX_PATH_BYTES = 1024

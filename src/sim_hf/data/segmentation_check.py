@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from .segmentation_text import SegmentationText
+from sim_hf.data.segmentation_text import SegmentationText
 
 _MIN_POLYGON_NUMBERS = 6  # three corners
 NO_SEGMENTATION = ""

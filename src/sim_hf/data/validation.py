@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from .annotation_file import AnnotationFile, UnreadableAnnotationError, parse_annotations, read_annotation_bytes
-from .annotation_table import (
+from sim_hf.data.annotation_file import AnnotationFile, UnreadableAnnotationError, parse_annotations, read_annotation_bytes
+from sim_hf.data.annotation_table import (
     AnnotationTable,
     CategoryTable,
     ImageTable,
@@ -25,12 +25,12 @@ from .annotation_table import (
     read_categories,
     read_images,
 )
-from .box_format import check_box_format, duplicate_boxes, looks_like_xyxy, repair_boxes, xyxy_to_xywh
-from .image_files import ImageFault, ImageFolder, find_faulty_names, inspect_images
-from .images import DEFAULT_MAX_PIXELS
-from .segmentation_check import check_segmentation
-from .segmentation_text import SegmentationText
-from .validation_report import ValidationReport
+from sim_hf.data.box_format import check_box_format, duplicate_boxes, looks_like_xyxy, repair_boxes, xyxy_to_xywh
+from sim_hf.data.image_files import ImageFault, ImageFolder, find_faulty_names, inspect_images
+from sim_hf.data.images import DEFAULT_MAX_PIXELS
+from sim_hf.data.segmentation_check import check_segmentation
+from sim_hf.data.segmentation_text import SegmentationText
+from sim_hf.data.validation_report import ValidationReport
 
 ImageCheck = Literal["header", "decode", "none"]
 _IMAGE_CHECKS = ("header", "decode", "none")
