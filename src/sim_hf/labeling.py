@@ -64,7 +64,9 @@ class BoxMasks:
 
     def masks(self) -> Tensor:
         """All masks -> (n, H, W) bool."""
-        return torch.stack([self.mask(i) for i in range(len(self))]) if len(self) else torch.zeros(0, *self.size, dtype=torch.bool)
+        return (
+            torch.stack([self.mask(i) for i in range(len(self))]) if len(self) else torch.zeros(0, *self.size, dtype=torch.bool)
+        )
 
 
 @torch.inference_mode()
@@ -153,9 +155,7 @@ def _best_queries(class_logits_QK, mask_logits_Qhw, boxes_n4, labels, input_heig
     rows_nh, columns_nw = box_projections(boxes_n4, height, width, input_height / height)
     cost_Qn = projection_cost(mask_logits_Qhw, rows_nh, columns_nw) / 2
     probability_QK = class_logits_QK.softmax(-1)
-    known_Qn = torch.stack(
-        [probability_QK[:, label] if label is not None else 1 - probability_QK[:, -1] for label in labels], -1
-    )
+    known_Qn = torch.stack([probability_QK[:, label] if label is not None else 1 - probability_QK[:, -1] for label in labels], -1)
     cost_Qn = cost_Qn + options.class_weight * (1 - known_Qn)
     if cost_Qn.shape[0] < cost_Qn.shape[1]:  # more boxes than queries: a query may serve several
         return cost_Qn.argmin(0).tolist()

@@ -29,8 +29,8 @@ class InstanceTargets:
     input_size: tuple[int, int]
     num_images: int
     masks_GHW: Tensor | None = None
-    has_mask_G: Tensor | None = None
-    is_pasted_G: Tensor | None = None
+    has_mask_G: Tensor = None  # type: ignore[assignment]  # all False unless given
+    is_pasted_G: Tensor = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self) -> None:
         num_instances = self.boxes_G4.shape[0]

@@ -31,12 +31,8 @@ def build_boxinst(*, supervision, num_classes: int, feature_dim: int, steps: Cal
 
 
 def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callable[[float], int]) -> SIMCriterion:
-    bank = PrototypeBank(
-        num_classes, supervision.num_prototypes, feature_dim, momentum=supervision.prototype_momentum
-    )
-    generator = PseudoMaskGenerator(
-        bank, alpha=supervision.alpha, temperature=supervision.temperature, mu=supervision.mu
-    )
+    bank = PrototypeBank(num_classes, supervision.num_prototypes, feature_dim, momentum=supervision.prototype_momentum)
+    generator = PseudoMaskGenerator(bank, alpha=supervision.alpha, temperature=supervision.temperature, mu=supervision.mu)
     start = steps(supervision.pseudo_start)
     return SIMCriterion(
         build_boxinst(supervision=supervision, num_classes=num_classes, feature_dim=feature_dim, steps=steps),

@@ -40,14 +40,10 @@ class HungarianMatcher:
             for layer, cost_QG in enumerate(costs_LQG):
                 queries, instances = linear_sum_assignment(cost_QG)
                 device = targets.boxes_G4.device
-                matched[layer].append(
-                    (torch.as_tensor(queries, device=device), torch.as_tensor(instances, device=device))
-                )
+                matched[layer].append((torch.as_tensor(queries, device=device), torch.as_tensor(instances, device=device)))
         return matched
 
-    def _cost(
-        self, class_logits_QK: Tensor, mask_logits_QHW: Tensor, targets: InstanceTargets, global_step: int
-    ) -> Tensor:
+    def _cost(self, class_logits_QK: Tensor, mask_logits_QHW: Tensor, targets: InstanceTargets, global_step: int) -> Tensor:
         if len(targets) == 0:
             return class_logits_QK.new_zeros(class_logits_QK.shape[0], 0)
         probability_QG = class_logits_QK.softmax(-1)[:, targets.class_labels_G]

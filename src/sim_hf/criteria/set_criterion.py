@@ -102,10 +102,7 @@ class SetCriterion(nn.Module):
                 global_step=global_step,
             )
             loss_class = torch.stack(
-                [
-                    self._class_loss(logits, match, targets_of_image)
-                    for (logits, _), match in zip(layers, matched, strict=True)
-                ]
+                [self._class_loss(logits, match, targets_of_image) for (logits, _), match in zip(layers, matched, strict=True)]
             ).sum()
             output.losses = {
                 "loss_cross_entropy": self.class_weight * loss_class / normalizers.class_weight,
@@ -125,9 +122,7 @@ class SetCriterion(nn.Module):
             classes_BQ[image, queries] = targets_of_image[image].class_labels_G[instances]
         weight_K = torch.ones(no_object + 1, device=class_logits_BQK.device)
         weight_K[no_object] = self.no_object_weight
-        return nn.functional.cross_entropy(
-            class_logits_BQK.flatten(0, 1), classes_BQ.flatten(), weight_K, reduction="sum"
-        )
+        return nn.functional.cross_entropy(class_logits_BQK.flatten(0, 1), classes_BQ.flatten(), weight_K, reduction="sum")
 
     @torch.no_grad()
     def _teacher_positives(self, output, targets_of_image, ids_of_image, targets, global_step: int) -> MaskPredictions:

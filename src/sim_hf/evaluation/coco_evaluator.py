@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from sim_hf.data.masks import decode_segmentation, encode_rle
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
 AREAS = ("all", "small", "medium", "large")  # pycocotools' order
-IOU_TYPES = ("segm", "bbox")
+IouType = Literal["segm", "bbox"]
+IOU_TYPES: tuple[IouType, ...] = ("segm", "bbox")
 NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set does not have; it may not be predicted
 
 
@@ -117,7 +118,7 @@ class CocoEvaluator:
     def _evaluated_image_ids(self) -> list[int]:
         return sorted(self._results_by_image) if self.only_seen else sorted(self._image_sizes)
 
-    def _evaluate(self, iou_type: str) -> COCOeval:
+    def _evaluate(self, iou_type: IouType) -> COCOeval:
         predictions = [dict(result) for result in self.coco_results()]
         for number, prediction in enumerate(predictions, start=1):
             # loadRes would take the box area for both, as soon as a result has a box: other numbers for AP_small etc.
@@ -279,7 +280,7 @@ def _numbers(result: Mapping[str, Any], field: str, image_id: int) -> np.ndarray
     return values
 
 
-def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[dict[str, Any]] | None:
+def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[Any] | None:
     masks_nHW, rles = result.get("masks"), result.get("rles")
     if rles is not None:
         checked = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sim_hf.data import category_ids
+from sim_hf.data.category_ids import category_ids
 from sim_hf.evaluation.coco_evaluator import CocoEvaluator
 from sim_hf.evaluation.ground_truth import coco_ground_truth
 from sim_hf.evaluation.prediction import predict_rows
@@ -23,9 +23,7 @@ def shared_labels(model_names: dict[int, str], rows, *, source_ids: list[int] | 
     names = rows.features["objects"]["category"].feature.names
     ids = category_ids(rows) if source_ids is None else source_ids
     by_name = {name.casefold(): category for name, category in zip(names, ids, strict=True)}
-    shared = {
-        int(label): by_name[name.casefold()] for label, name in sorted(model_names.items()) if name.casefold() in by_name
-    }
+    shared = {int(label): by_name[name.casefold()] for label, name in sorted(model_names.items()) if name.casefold() in by_name}
     if not shared:
         raise ValueError(
             f"the model and the data set share no class name: model {sorted(model_names.values())[:8]}, data {sorted(names)[:8]}"

@@ -70,7 +70,8 @@ def uncertain_points(
     """Points where the mask is undecided (PointRend; Mask2Former, Sec. 3.3) -> (N, P, 2), (x, y) in 0..1.
 
     Of `oversample_ratio * num_points` uniform points, the `importance_ratio * num_points` with the smallest |logit| are
-    kept; fresh uniform points fill up. `generator` may live on another device than the logits.
+    kept; fresh uniform points fill up. The uniform points are shared by all rows, so what a row gets does not depend on the
+    rows beside it (and so not on how a batch is split). `generator` may live on another device than the logits.
     """
     if oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
         raise ValueError(
@@ -81,7 +82,7 @@ def uncertain_points(
 
     def uniform(count: int) -> Tensor:
         source = mask_logits_NHW.device if generator is None else generator.device
-        return torch.rand(num_rows, count, 2, device=source, generator=generator).to(mask_logits_NHW.device)
+        return torch.rand(1, count, 2, device=source, generator=generator).to(mask_logits_NHW.device).expand(num_rows, -1, -1)
 
     candidates_NM2 = uniform(int(oversample_ratio * num_points))
     sureness_NM = sample_points(mask_logits_NHW, candidates_NM2).abs()

@@ -26,7 +26,9 @@ class ModelArguments:
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id to start from: a sim_hf model or any Mask2Former checkpoint."}
     )
-    preset: str = field(default="tiny", metadata={"help": "Architecture when --model is not given: tiny, r50, r101, swin-t, swin-b."})
+    preset: str = field(
+        default="tiny", metadata={"help": "Architecture when --model is not given: tiny, r50, r101, swin-t, swin-b."}
+    )
     backbone: str | None = field(
         default=None, metadata={"help": "Another backbone than the preset's: 'timm:NAME' or a transformers model type."}
     )
@@ -44,12 +46,16 @@ class DataArguments:
 
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders with images/ + instances_train.json + instances_val.json; several are mixed, classes joined by name."},
+        metadata={
+            "help": "Folders with images/ + instances_train.json + instances_val.json; several are mixed, classes joined by name."
+        },
     )
     train_images: str | None = field(default=None, metadata={"help": "Image folder of --train_annotations."})
     train_annotations: str | None = field(default=None, metadata={"help": "COCO file with boxes to train on."})
     val_images: str | None = field(default=None, metadata={"help": "Image folder of --val_annotations."})
-    val_annotations: str | None = field(default=None, metadata={"help": "COCO file to evaluate on (masks are used if it has any)."})
+    val_annotations: str | None = field(
+        default=None, metadata={"help": "COCO file to evaluate on (masks are used if it has any)."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id or local path of a data set with image + objects{bbox, category}."}
     )
@@ -117,12 +123,20 @@ class RunArguments:
     log_every: int = field(default=20, metadata={"help": "Steps between lines of losses and diagnostics."})
     eval_every: float = field(default=0.25, metadata={"help": "Between evaluations (steps or fraction); 0 = only at the end."})
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first N images only while training."})
-    checkpoint_every: float = field(default=0.1, metadata={"help": "Between checkpoints (steps or fraction); 0 = only at the end."})
+    checkpoint_every: float = field(
+        default=0.1, metadata={"help": "Between checkpoints (steps or fraction); 0 = only at the end."}
+    )
     keep_checkpoints: int = field(default=2, metadata={"help": "Newest checkpoints kept (the best one is kept besides)."})
-    resume: str | None = field(default=None, metadata={"help": "'auto' (newest valid checkpoint of --output_dir) or a checkpoint folder."})
+    resume: str | None = field(
+        default=None, metadata={"help": "'auto' (newest valid checkpoint of --output_dir) or a checkpoint folder."}
+    )
     stop_after: int | None = field(default=None, metadata={"help": "Checkpoint and stop after this many steps; resume later."})
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, trackio, wandb, ... or none."})
-    export: str = field(default="teacher", metadata={"help": "Weights that are evaluated and exported: teacher (EMA) or student."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, trackio, wandb, ... or none."}
+    )
+    export: str = field(
+        default="teacher", metadata={"help": "Weights that are evaluated and exported: teacher (EMA) or student."}
+    )
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch (default: torch's)."})
 
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sim_hf.criteria.build import build_criterion
-from sim_hf.data import category_ids, load_coco, load_detection_dataset
+from sim_hf.data.category_ids import category_ids
+from sim_hf.data.coco import load_coco
 from sim_hf.data.mixture import MixedRows
 from sim_hf.mask_generation.memory_bank import MemoryBank
-from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImageProcessor
-from sim_hf.models.sim.backbone_weights import load_backbone_weights, load_pretrained_for_classes
+from sim_hf.models.sim import (
+    SIMConfig,
+    SIMForInstanceSegmentation,
+    SIMImageProcessor,
+    load_backbone_weights,
+    load_pretrained_for_classes,
+)
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
 from sim_hf.training.step import TrainingStep
 from sim_hf.training.teacher import EMATeacher, momentum_for_steps
@@ -70,6 +76,8 @@ def build_data(data: DataArguments, *, with_masks: bool) -> RunData:
 
 
 def _hub_data(data: DataArguments) -> RunData:
+    from sim_hf.data.hub import load_detection_dataset
+
     train = load_detection_dataset(data.dataset, data.train_split, streaming=data.streaming)
     names = train.features["objects"]["category"].feature.names
     rows = train if data.streaming else MixedRows([train])
@@ -94,7 +102,9 @@ def build_model(
         network = SIMForInstanceSegmentation(config)
         processor = SIMImageProcessor.from_preset(model.preset)
         if model.backbone_weights is None:
-            report.append("the whole network starts from random weights (--model or --backbone_weights start it from better ones)")
+            report.append(
+                "the whole network starts from random weights (--model or --backbone_weights start it from better ones)"
+            )
     if model.freeze_batch_norm is not None:
         network.config.freeze_batch_norm = model.freeze_batch_norm
     if model.backbone_weights:

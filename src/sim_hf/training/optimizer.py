@@ -23,9 +23,9 @@ def build_optimizer(
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((".encoder." in name and "pixel_level_module.encoder" in name, id(parameter) in undecayed), []).append(
-                parameter
-            )
+            groups.setdefault(
+                (".encoder." in name and "pixel_level_module.encoder" in name, id(parameter) in undecayed), []
+            ).append(parameter)
     settings = [
         {
             "params": parameters,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.results import format_table, write_results
@@ -80,14 +81,17 @@ def pseudo_mask_rows(trainer) -> list[list]:
         mine = inputs.targets.image_ids_G == image
         if not bool(mine.any()):
             continue
-        pixels = (inputs.images_BCHW[image] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        size = pixels.shape[:2]
-        probabilities = torch.nn.functional.interpolate(pseudo.probabilities_GHW[mine][:, None].float(), size, mode="bilinear")[:, 0]
+        height, width = (int(side) for side in inputs.pixel_mask_BHW[image].nonzero().amax(0) + 1)  # without the padding
+        pixels = to_pil_image(inputs.images_BCHW[image, :, :height, :width].cpu())
+        size = inputs.targets.input_size
+        probabilities = torch.nn.functional.interpolate(pseudo.probabilities_GHW[mine][:, None].float(), size, mode="bilinear")[
+            :, 0
+        ]
         result = {
             "boxes": inputs.targets.boxes_G4[mine].cpu(),
             "labels": inputs.targets.class_labels_G[mine].cpu(),
         }
-        shown = {**result, "masks": (probabilities > 0.5).cpu()}
+        shown = {**result, "masks": (probabilities > 0.5)[:, :height, :width].cpu()}
         rows.append([draw_instances(pixels, result, names), draw_instances(pixels, shown, names)])
     return rows
 

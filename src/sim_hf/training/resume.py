@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sim_hf.training.checkpoint import CheckpointError, CheckpointManager, load_state, save_state
+from sim_hf.training.checkpoint import CheckpointError, CheckpointManager
+from sim_hf.training.state_files import load_state, save_state
 
 # Options that may change between the parts of one run: they do not touch what is computed.
 FREE_OPTIONS = {
@@ -37,9 +38,7 @@ class Resumer:
     def __init__(self, trainer) -> None:
         self.trainer = trainer
         self.manager = CheckpointManager(Path(trainer.run.output_dir) / "checkpoints", keep=trainer.run.keep_checkpoints)
-        self.identity = run_identity(
-            trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run
-        )
+        self.identity = run_identity(trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run)
 
     def save(self) -> None:
         """Write the checkpoint of this step (all ranks call this)."""
@@ -86,6 +85,8 @@ class Resumer:
         own = path / f"rank{trainer.accelerator.process_index}"
         restore_random_state(load_state(own))
         trainer.best = metadata["best"]
+        if trainer.accelerator.is_main_process:
+            self.manager.set_aside_later(trainer.step.global_step)
         trainer.say(f"resumed from {path} at step {trainer.step.global_step}")
 
     def _check_same_run(self, path: Path, metadata: dict) -> None:

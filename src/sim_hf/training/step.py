@@ -101,9 +101,7 @@ class TrainingStep(nn.Module):
 
     def forward(self, student: nn.Module, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
         """One micro-batch through the student and the criterion. `student` may be wrapped (DDP, compiled)."""
-        outputs = student(
-            pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True
-        )
+        outputs = student(pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True)
         return self.loss(outputs, inputs, normalizers)
 
     def loss(self, student_outputs, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
