@@ -10,6 +10,7 @@ from pathlib import Path
 from sim_hf.criteria.build import build_criterion
 from sim_hf.data.category_ids import category_ids
 from sim_hf.data.coco import load_coco
+from sim_hf.data.hub import load_detection_dataset
 from sim_hf.data.mixture import MixedRows
 from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.models.sim import (
@@ -76,8 +77,6 @@ def build_data(data: DataArguments, *, with_masks: bool) -> RunData:
 
 
 def _hub_data(data: DataArguments) -> RunData:
-    from sim_hf.data.hub import load_detection_dataset
-
     train = load_detection_dataset(data.dataset, data.train_split, streaming=data.streaming)
     names = train.features["objects"]["category"].feature.names
     rows = train if data.streaming else MixedRows([train])
