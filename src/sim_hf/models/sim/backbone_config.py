@@ -45,7 +45,23 @@ def _timm_config(name: str) -> TimmBackboneConfig:
         )
     last = len(strides) - 1
     out_indices = [last - strides[::-1].index(stride) for stride in FEATURE_STRIDES]
-    return TimmBackboneConfig(backbone=name, out_indices=out_indices)
+    config = TimmBackboneConfig(backbone=name, out_indices=out_indices)
+    _require_maps_of_any_size(name, config)
+    return config
+
+
+def _require_maps_of_any_size(name: str, config: TimmBackboneConfig) -> None:
+    """Some timm transformers take one input size only, or give their maps channels last."""
+    height, width = 256, 320
+    expected = [(height // stride, width // stride) for stride in FEATURE_STRIDES]
+    try:
+        with torch.device("meta"):
+            maps = AutoBackbone.from_config(config)(torch.empty(1, 3, height, width)).feature_maps
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"timm backbone {name!r} does not take an input of {height} x {width}: {error}") from error
+    shapes = [tuple(x.shape[-2:]) for x in maps]
+    if shapes != expected:
+        raise ValueError(f"timm backbone {name!r} gives maps of {shapes} for {height} x {width}, expected {expected}")
 
 
 def _transformers_config(model_type: str) -> PreTrainedConfig:

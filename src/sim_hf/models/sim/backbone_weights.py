@@ -79,13 +79,18 @@ def _unflattened(name: str) -> str:
 def _load_transformers(encoder: PreTrainedModel, tensors: dict[str, Tensor], source: str) -> BackboneReport:
     """transformers' own loader knows the old names of its models, so it does the renaming, on a second copy."""
     loaded, info = type(encoder).from_pretrained(
-        None, config=encoder.config, state_dict=dict(tensors), output_loading_info=True, dtype=torch.float32
+        None,
+        config=encoder.config,
+        state_dict=dict(tensors),
+        output_loading_info=True,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
     )
     new = tuple(sorted(name for name in info["missing_keys"] if name.startswith(_NEW_PARTS)))
     missing = [
         name for name in info["missing_keys"] if not name.startswith(_NEW_PARTS) and not name.endswith("num_batches_tracked")
     ]
-    mismatched = [str(entry) for entry in info["mismatched_keys"]]
+    mismatched = [f"{name} {tuple(came)} instead of {tuple(wanted)}" for name, came, wanted in info["mismatched_keys"]]
     found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in {*missing, *new}}
     heads = _check(source, encoder.state_dict(), found, missing, set(info["unexpected_keys"]), mismatched)
     encoder.load_state_dict(found, strict=False)

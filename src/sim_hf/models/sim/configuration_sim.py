@@ -1,9 +1,9 @@
 """SIMConfig: a Mask2Former configuration with our few extra fields, and the named presets."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: @strict checks the fields' types only where they are not strings.
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import Mask2FormerConfig, PreTrainedConfig, ResNetConfig, SwinConfig, TimmBackboneConfig
@@ -52,7 +52,7 @@ class SIMConfig(Mask2FormerConfig):
         id2label: Mapping[int, str] | None = None,
         backbone: str | Mapping[str, Any] | PreTrainedConfig | None = None,
         **overrides: Any,
-    ) -> SIMConfig:
+    ) -> Self:
         """The configuration called `name` (see `PRESETS`), with another backbone or other fields if given.
 
         backbone: a backbone configuration (object or dict), a transformers model type ("convnext", "dinov2") or a timm

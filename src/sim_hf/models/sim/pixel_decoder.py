@@ -122,19 +122,27 @@ class SIMPixelLevelModule(nn.Module):
         self.patch_size: int | None = None
         if config.backbone_config.model_type in PLAIN_TRANSFORMERS:
             self.patch_size = config.backbone_config.patch_size
-            # Parameters that no feature map depends on get no gradient, which distributed training forbids.
-            self.encoder.embeddings.mask_token.requires_grad_(False)
-        if isinstance(self.encoder, SwinBackbone):
-            self.encoder.swin.layernorm.requires_grad_(False)
         self.decoder = SIMPixelDecoder(config, feature_channels=self.encoder.channels)
+        self._freeze_unused_parameters()
 
     def train(self, mode: bool = True) -> SIMPixelLevelModule:
         super().train(mode)
+        self._freeze_unused_parameters()
         if mode and self.freeze_batch_norm:
             for module in self.encoder.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+    def _freeze_unused_parameters(self) -> None:
+        """Parameters no feature map depends on get no gradient, which distributed training takes for an error.
+
+        Called whenever the mode is set, because from_pretrained replaces the parameters and then calls eval().
+        """
+        if isinstance(self.encoder, SwinBackbone):
+            self.encoder.swin.layernorm.requires_grad_(False)
+        if self.patch_size is not None:
+            self.encoder.embeddings.mask_token.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, valid_BHW: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
         features = self._plain_features(pixel_values) if self.patch_size else self.encoder(pixel_values).feature_maps

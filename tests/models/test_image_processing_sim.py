@@ -1,0 +1,271 @@
+"""Images in, instances out: sizes, padding, and masks that land exactly where they were predicted."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sim_hf.models.sim import PRESETS, SIMImageProcessor
+from sim_hf.models.sim.image_processing_sim import PRESET_SIZES
+
+
+def picture(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def outputs_for(masks_per_image, labels_per_image, num_classes=3, grid=None):
+    """Predictions as the network makes them: one query per mask, confident, and one that says "no object"."""
+    num_queries = max(len(masks) for masks in masks_per_image) + 1
+    batch = len(masks_per_image)
+    class_logits = torch.full((batch, num_queries, num_classes + 1), -10.0)
+    class_logits[..., -1] = 10.0
+    mask_logits = torch.full((batch, num_queries, *grid), -10.0)
+    for image, (masks, labels) in enumerate(zip(masks_per_image, labels_per_image, strict=True)):
+        for query, (mask, label) in enumerate(zip(masks, labels, strict=True)):
+            class_logits[image, query, label], class_logits[image, query, -1] = 10.0, -10.0
+            mask_logits[image, query] = mask
+    return SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
+
+
+def disc_logits(grid, center, radius, stride=4):
+    """Signed distance to a disc given in input pixels, at the cell centres."""
+    y = (torch.arange(grid[0]) + 0.5) * stride
+    x = (torch.arange(grid[1]) + 0.5) * stride
+    return radius - ((y[:, None] - center[0]) ** 2 + (x[None] - center[1]) ** 2).sqrt()
+
+
+def disc(height, width, center, radius):
+    y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    return (y[:, None] - center[0]) ** 2 + (x[None] - center[1]) ** 2 <= radius**2
+
+
+def iou(one, other):
+    return ((one & other).sum() / (one | other).sum()).item()
+
+
+@pytest.mark.parametrize(
+    ("size", "original", "resized"),
+    [
+        ({"longest_edge": 256}, (300, 200), (256, 171)),
+        ({"longest_edge": 256}, (100, 220), (116, 256)),
+        ({"longest_edge": 256}, (7, 2000), (1, 256)),
+        ({"shortest_edge": 800, "longest_edge": 1333}, (480, 640), (800, 1067)),
+        ({"shortest_edge": 800, "longest_edge": 1333}, (400, 1600), (333, 1333)),
+        ({"height": 64, "width": 96}, (480, 640), (64, 96)),
+    ],
+)
+def test_resizing_keeps_the_aspect_ratio_within_both_limits(size, original, resized):
+    processor = SIMImageProcessor(size=size)
+    assert processor.resized_size(*original) == resized
+    inputs = processor(picture(*original), return_tensors="pt")
+    assert inputs["input_sizes"].tolist() == [list(resized)]
+    assert inputs["original_sizes"].tolist() == [list(original)]
+
+
+def test_batch_is_normalised_and_padded_with_zeros_to_a_multiple_of_32():
+    processor = SIMImageProcessor.from_preset("tiny", size={"longest_edge": 100})
+    inputs = processor([picture(100, 40), Image.new("RGB", (100, 70), (255, 0, 128))], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, 128, 128) and inputs["pixel_values"].dtype == torch.float32
+    assert inputs["pixel_mask"].shape == (2, 128, 128) and inputs["pixel_mask"].dtype == torch.int64
+    assert inputs["input_sizes"].tolist() == [[100, 40], [70, 100]]
+    assert inputs["pixel_mask"].sum((1, 2)).tolist() == [4000, 7000]
+    assert (inputs["pixel_values"] * (1 - inputs["pixel_mask"][:, None]) == 0).all()
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
+    torch.testing.assert_close(inputs["pixel_values"][1, :, 10, 10], torch.tensor(expected))
+
+
+def test_arguments_of_a_call_override_the_processor():
+    inputs = SIMImageProcessor.from_preset("tiny")(
+        picture(50, 60), do_resize=False, do_normalize=False, size_divisor=64, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64) and inputs["input_sizes"].tolist() == [[50, 60]]
+    assert inputs["pixel_values"].min() >= 0 and inputs["pixel_values"].max() <= 1
+
+
+def test_without_padding_or_tensors_the_images_stay_a_list():
+    processor = SIMImageProcessor.from_preset("tiny")
+    inputs = processor([picture(50, 60), picture(60, 50)], do_pad=False)
+    assert [tuple(image.shape) for image in inputs["pixel_values"]] == [(3, 213, 256), (3, 256, 213)]
+    assert inputs["input_sizes"] == [(213, 256), (256, 213)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
+def test_every_kind_of_image_comes_in_as_the_same_grey(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((40, 40), 128 * 257, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (40, 40), (255,) * 3 if mode == "1" else (128,) * 3)
+        image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
+    values = SIMImageProcessor.from_preset("tiny")(image, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert values[:, :, :256, :256].sub(1.0 if mode == "1" else 128 / 255).abs().max() < 0.02
+
+
+def test_transparent_pixels_become_white():
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    values = SIMImageProcessor.from_preset("tiny")(image, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert values.min() == 1
+
+
+def test_rotated_photographs_are_turned_upright():
+    image = picture(30, 60)
+    image.getexif()[0x0112] = 6
+    assert SIMImageProcessor.from_preset("tiny")(image, return_tensors="pt")["original_sizes"].tolist() == [[60, 30]]
+
+
+def test_pil_numpy_and_tensor_inputs_agree():
+    processor, image = SIMImageProcessor.from_preset("tiny"), picture(50, 60)
+    array = np.array(image)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    for same in (array, torch.from_numpy(array).permute(2, 0, 1), array.astype(np.uint16) * 257):
+        torch.testing.assert_close(processor(same, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_every_preset_has_its_size_and_survives_saving(tmp_path):
+    assert set(PRESET_SIZES) == set(PRESETS)
+    for name, size in PRESET_SIZES.items():
+        processor = SIMImageProcessor.from_preset(name)
+        processor.save_pretrained(tmp_path)
+        loaded = SIMImageProcessor.from_pretrained(tmp_path)
+        assert dict(loaded.size) == size and loaded.size_divisor == 32 and loaded.mask_stride == 4
+    with pytest.raises(ValueError, match="unknown preset 'huge'"):
+        SIMImageProcessor.from_preset("huge")
+
+
+def test_a_perfect_prediction_on_padded_images_has_iou_one():
+    """Two images of different shapes: both are padded, and neither size is a multiple of the mask stride."""
+    processor = SIMImageProcessor.from_preset("tiny", size={"longest_edge": 250})
+    originals = [(300, 201), (97, 441)]
+    inputs = processor([picture(*size) for size in originals], return_tensors="pt")
+    grid = tuple(length // 4 for length in inputs["pixel_values"].shape[-2:])
+    masks, expected = [], []
+    for (height, width), (h, w) in zip(originals, inputs["input_sizes"].tolist(), strict=True):
+        center, radius = (0.7 * h, 0.75 * w), 0.22 * min(h, w)
+        masks.append([disc_logits(grid, center, radius)])
+        y = ((torch.arange(height) + 0.5) * h / height)[:, None]
+        x = ((torch.arange(width) + 0.5) * w / width)[None]
+        expected.append((y - center[0]) ** 2 + (x - center[1]) ** 2 <= radius**2)
+    results = processor.post_process_instance_segmentation(
+        outputs_for(masks, [[1], [2]], grid=grid), inputs["original_sizes"], inputs["input_sizes"]
+    )
+    for result, truth, label in zip(results, expected, (1, 2), strict=True):
+        assert result["masks"].shape == (1, *truth.shape) and result["labels"].tolist() == [label]
+        assert iou(result["masks"][0], truth) > 0.97
+
+
+def test_a_mask_that_fills_the_image_fills_it_to_the_last_pixel():
+    """Cells of the padding hold very negative logits; none of that may leak over the border."""
+    processor = SIMImageProcessor.from_preset("tiny")
+    for original, size in (((250, 130), (250, 130)), ((500, 260), (249, 129)), ((61, 33), (250, 131))):
+        mask = torch.full((64, 64), -30.0)
+        mask[: -(-size[0] // 4), : -(-size[1] // 4)] = 1.0
+        (result,) = processor.post_process_instance_segmentation(
+            outputs_for([[mask]], [[0]], grid=(64, 64)), [original], [size], mask_threshold=0.5
+        )
+        assert result["masks"].all() and result["boxes"].tolist() == [[0, 0, original[1], original[0]]]
+
+
+@pytest.mark.parametrize(("original", "size"), [((128, 96), (128, 96)), ((200, 333), (77, 128)), ((40, 31), (128, 99))])
+def test_masks_equal_a_bilinear_resize_of_the_cropped_logits(original, size):
+    """Slow reference: every pixel reads the grid by hand, on noise, where nothing is smooth."""
+    logits = torch.randn(1, 3, 32, 32)
+    cells = [-(-length // 4) for length in size]
+    outputs = outputs_for([[*logits[0]]], [[0, 1, 2]], grid=(32, 32))
+    (result,) = SIMImageProcessor(size_divisor=32).post_process_instance_segmentation(outputs, [original], [size], threshold=0.0)
+    axes = []
+    for length, input_length, count in zip(original, size, cells, strict=True):
+        positions = [min(max((p + 0.5) * input_length / length / 4 - 0.5, 0), count - 1) for p in range(length)]
+        matrix = torch.zeros(length, count, dtype=torch.float64)
+        for row, position in enumerate(positions):
+            low = int(position)
+            matrix[row, low] += 1 - (position - low)
+            matrix[row, min(low + 1, count - 1)] += position - low
+        axes.append(matrix)
+    confident = result["scores"] > 0.4
+    assert confident.sum() == 3
+    for mask, label in zip(result["masks"][confident], result["labels"][confident], strict=True):
+        reference = axes[0] @ logits[0, label, : cells[0], : cells[1]].double() @ axes[1].T
+        certain = reference.abs() > 1e-5
+        assert torch.equal(mask[certain], (reference > 0)[certain])
+
+
+def test_score_is_class_probability_times_mean_mask_probability():
+    mask = torch.full((16, 16), -5.0)
+    mask[:4, :4] = 0.0
+    mask[:2, :4] = 2.0
+    mask[2:4, :4] = 1.0
+    outputs = outputs_for([[mask]], [[1]], grid=(16, 16))
+    outputs.class_queries_logits[0, 0] = torch.tensor([0.0, 1.0, -50.0, 0.0])
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(outputs, [(64, 64)], [(64, 64)], threshold=0.3)
+    probability = torch.tensor([0.0, 1.0, 0.0]).softmax(0)[1]
+    quality = (torch.tensor(2.0).sigmoid() + torch.tensor(1.0).sigmoid()) / 2
+    torch.testing.assert_close(result["scores"], (probability * quality)[None])
+    assert result["labels"].tolist() == [1]
+
+
+def test_one_query_may_stand_for_two_classes_and_the_best_come_first():
+    outputs = outputs_for([[torch.full((8, 8), 9.0)]], [[0]], grid=(8, 8))
+    outputs.class_queries_logits[0, 0] = torch.tensor([1.0, 2.0, -50.0, 0.0])
+    process = SIMImageProcessor().post_process_instance_segmentation
+    (result,) = process(outputs, [(32, 32)], [(32, 32)], threshold=0.01)
+    assert result["labels"].tolist() == [1, 0] and result["scores"][0] > result["scores"][1]
+    (best,) = process(outputs, [(32, 32)], [(32, 32)], threshold=0.01, max_instances=1)
+    assert best["labels"].tolist() == [1]
+
+
+def test_overlapping_masks_are_kept_and_boxes_are_tight():
+    grid = (32, 32)
+    masks = [disc_logits(grid, (50, 50), 30), disc_logits(grid, (70, 60), 25)]
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(
+        outputs_for([masks], [[0, 1]], grid=grid), [(128, 128)], [(128, 128)]
+    )
+    assert (result["masks"][0] & result["masks"][1]).any()
+    for mask, box in zip(result["masks"], result["boxes"], strict=True):
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.mark.parametrize("mask", [None, torch.full((16, 16), -5.0)], ids=["no objects", "an empty mask"])
+def test_empty_results_have_the_shapes_of_full_ones(mask):
+    outputs = outputs_for([[] if mask is None else [mask]], [[] if mask is None else [0]], grid=(16, 16))
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(outputs, [(50, 40)], [(60, 48)])
+    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == {
+        "scores": (0,),
+        "labels": (0,),
+        "boxes": (0, 4),
+        "masks": (0, 50, 40),
+    }
+    assert result["masks"].dtype == torch.bool and result["labels"].dtype == torch.int64
+
+
+def test_a_mask_lost_between_the_pixels_of_a_small_image_is_dropped():
+    mask = torch.full((64, 64), -5.0)
+    mask[32, 32] = 5.0
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(
+        outputs_for([[mask]], [[0]], grid=(64, 64)), [(5, 4)], [(256, 205)]
+    )
+    assert len(result["scores"]) == 0
+
+
+def test_half_precision_outputs_are_processed():
+    outputs = outputs_for([[disc_logits((32, 32), (60, 60), 20)]], [[0]], grid=(32, 32))
+    outputs.class_queries_logits = outputs.class_queries_logits.bfloat16()
+    outputs.masks_queries_logits = outputs.masks_queries_logits.half()
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(outputs, [(128, 128)], [(128, 128)])
+    assert iou(result["masks"][0], disc(128, 128, (60, 60), 20)) > 0.97 and result["scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (([(64, 64)], [(300, 64)]), "75 x 16 mask cells"),
+        (([(64, 64), (64, 64)], [(64, 64)]), r"original_sizes must hold one .* per image \(1\), got 2"),
+    ],
+)
+def test_sizes_of_another_batch_are_refused(sizes, message):
+    outputs = outputs_for([[]], [[]], grid=(16, 16))
+    with pytest.raises(ValueError, match=message):
+        SIMImageProcessor().post_process_instance_segmentation(outputs, *sizes)
+    with pytest.raises(ValueError, match="mask_threshold"):
+        SIMImageProcessor().post_process_instance_segmentation(outputs, [(64, 64)], [(64, 64)], mask_threshold=1.0)

@@ -1,0 +1,86 @@
+"""The functions that replace stock ones, against those."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoderEncoderOnly,
+    Mask2FormerSinePositionEmbedding,
+)
+from transformers.models.mask2former.modeling_mask2former import (
+    multi_scale_deformable_attention as stock_deformable_attention,
+)
+
+from sim_hf.models.sim.deformable_attention import multi_scale_deformable_attention
+from sim_hf.models.sim.masked_attention import MaskedCrossAttention
+from sim_hf.models.sim.padding import clear_padding, downsample_valid, sine_position_embedding
+from sim_hf.models.sim.pixel_decoder import _cell_centres
+
+
+def test_deformable_attention_equals_the_stock_one_with_its_gradients():
+    shapes = [(3, 5), (6, 9), (11, 18)]
+    cells = sum(height * width for height, width in shapes)
+    value = torch.randn(2, cells, 4, 8, requires_grad=True)
+    locations = (torch.rand(2, 10, 4, 3, 4, 2) * 1.4 - 0.2).requires_grad_()
+    weights = torch.rand(2, 10, 4, 3, 4, requires_grad=True)
+    ours = multi_scale_deformable_attention(value, shapes, locations, weights)
+    stock = stock_deformable_attention(value, shapes, locations, weights)
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    direction = torch.randn_like(ours)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (value, locations, weights), direction),
+        torch.autograd.grad(stock, (value, locations, weights), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_deformable_attention_keeps_a_half_precision_dtype():
+    value = torch.randn(1, 4, 2, 4).bfloat16()
+    result = multi_scale_deformable_attention(value, [(2, 2)], torch.rand(1, 3, 2, 1, 4, 2), torch.rand(1, 3, 2, 1, 4))
+    assert result.dtype == torch.bfloat16 and result.shape == (1, 3, 8)
+
+
+def test_cell_centres_equal_the_stock_reference_points_without_padding():
+    shapes = [(2, 3), (4, 6)]
+    stock = Mask2FormerPixelDecoderEncoderOnly.get_reference_points(shapes, torch.ones(1, 2, 2), "cpu")
+    torch.testing.assert_close(_cell_centres(shapes, torch.device("cpu")).expand_as(stock), stock)
+
+
+def test_position_embedding_equals_the_stock_one_without_and_with_padding():
+    stock = Mask2FormerSinePositionEmbedding(num_position_features=8, normalize=True)
+    valid = torch.zeros(2, 5, 7, dtype=torch.bool)
+    valid[0, :3, :4], valid[1] = True, True
+    keywords = {"device": torch.device("cpu"), "dtype": torch.float32}
+    for mask in (None, valid):
+        ours = sine_position_embedding(mask, (5, 7), 16, **keywords).expand(2, -1, -1, -1)
+        theirs = stock(torch.Size((2, 16, 5, 7)), "cpu", torch.float32, mask)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    alone = sine_position_embedding(None, (3, 4), 16, **keywords)
+    torch.testing.assert_close(sine_position_embedding(valid, (5, 7), 16, **keywords)[:1, :, :3, :4], alone)
+
+
+@pytest.mark.parametrize(("rows", "cells"), [(32, 1), (33, 2), (63, 2), (64, 2), (1, 1)])
+def test_a_cell_is_image_as_soon_as_it_holds_one_image_pixel(rows, cells):
+    valid = torch.zeros(1, 96, 64, dtype=torch.bool)
+    valid[:, :rows] = True
+    assert downsample_valid(valid, (3, 2))[0, :, 0].sum() == cells
+
+
+def test_padding_logits_are_safe_in_half_precision():
+    logits = torch.zeros(1, 2, 8, 8, dtype=torch.float16)
+    valid = torch.zeros(1, 32, 32, dtype=torch.bool)
+    valid[:, :16] = True
+    cleared = clear_padding(logits, valid)
+    assert cleared.sum().isfinite() and cleared.sigmoid()[:, :, 4:].max() == 0 and (cleared[:, :, :4] == 0).all()
+
+
+def test_masked_cross_attention_equals_multihead_attention():
+    ours = MaskedCrossAttention(16, 4)
+    stock = nn.MultiheadAttention(16, 4)
+    stock.load_state_dict(ours.state_dict())
+    query, key, value = torch.randn(5, 2, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
+    allowed = torch.rand(2, 1, 5, 9) > 0.5
+    allowed[..., 0] = True
+    expected, _ = stock(query, key, value, attn_mask=~allowed.expand(-1, 4, -1, -1).flatten(0, 1))
+    torch.testing.assert_close(ours(query, key, value, attn_mask=allowed)[0], expected)
