@@ -114,9 +114,7 @@ def mini(ground_truth: dict, results: dict[int, dict], iou_type: str) -> dict:
         for p in to_coco_results(image_id, result, CATEGORY_IDS):
             r = region(p)
             area = r.bit_count() if iou_type == "segm" else r[2] * r[3]
-            detections.append(
-                {"image": image_id, "category": p["category_id"], "score": p["score"], "region": r, "area": area}
-            )
+            detections.append({"image": image_id, "category": p["category_id"], "score": p["score"], "region": r, "area": area})
     return summary([image["id"] for image in ground_truth["images"]], CATEGORY_IDS, things, detections)
 
 
@@ -319,7 +317,7 @@ def test_box_only_ground_truth_gives_box_numbers_of_the_masks_and_says_so():
 
 
 def test_partly_masked_ground_truth_gives_no_mask_ap_and_names_the_gap():
-    ground_truth, results = small_case()
+    ground_truth, _ = small_case()
     del ground_truth["annotations"][4]["segmentation"]
     evaluator = CocoEvaluator(ground_truth, CATEGORY_IDS)
     assert evaluator.compute()["segm/AP"] is None
@@ -327,7 +325,7 @@ def test_partly_masked_ground_truth_gives_no_mask_ap_and_names_the_gap():
 
 
 def test_predictions_without_masks_give_box_numbers_only():
-    ground_truth, results = small_case()
+    ground_truth, _ = small_case()
     evaluator = CocoEvaluator(ground_truth, CATEGORY_IDS)
     evaluator.update(5, {"scores": [0.9], "labels": [0], "boxes": [[0.0, 0.0, 10.0, 10.0]]})
     metrics = evaluator.compute()
@@ -460,9 +458,7 @@ def seven_images() -> tuple[dict, dict[int, dict]]:
     annotations, results = [], {}
     for image_id in range(7):
         mask_HW = square(image_id, 2, 10)
-        annotations.append(
-            {"image_id": image_id, "category_id": 7, "bbox": [image_id, 2, 10, 10], "segmentation": rle(mask_HW)}
-        )
+        annotations.append({"image_id": image_id, "category_id": 7, "bbox": [image_id, 2, 10, 10], "segmentation": rle(mask_HW)})
         found = [mask_HW, square(20, 20, 8)][: image_id % 3]
         results[image_id] = {
             "scores": torch.tensor([0.5 + image_id / 100, 0.6])[: len(found)],

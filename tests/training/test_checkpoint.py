@@ -39,9 +39,7 @@ def same(left, right) -> bool:
     if isinstance(left, (np.ndarray, np.generic)):
         return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
     if isinstance(left, dict):
-        return len(left) == len(right) and all(
-            same(a, c) and same(left[a], right[c]) for a, c in zip(left, right, strict=True)
-        )
+        return len(left) == len(right) and all(same(a, c) and same(left[a], right[c]) for a, c in zip(left, right, strict=True))
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
     return repr(left) == repr(right)  # NaN and -0.0 included
@@ -76,9 +74,11 @@ def leftovers(manager: CheckpointManager) -> list[str]:
 
 @pytest.mark.parametrize(
     "leaf",
-    [None, True, False, 0, -(2**80), 0.1, -0.0, float("nan"), float("-inf"), "", "ä\n\ud800", b"\x00\xff", [], (), {}]
-    + [np.float64(0.1), np.int8(-3), np.bool_(True), np.zeros((0, 3)), np.array(2.5), np.array(["ab", "c"])]
-    + [np.arange(6, dtype=">i4").reshape(2, 3)[:, ::-1], torch.tensor(3), torch.zeros(0, 4, dtype=torch.bool)],
+    [
+        *(None, True, False, 0, -(2**80), 0.1, -0.0, float("nan"), float("-inf"), "", "ä\n\ud800", b"\x00\xff", [], (), {}),
+        *(np.float64(0.1), np.int8(-3), np.bool_(True), np.zeros((0, 3)), np.array(2.5), np.array(["ab", "c"])),
+        *(np.arange(6, dtype=">i4").reshape(2, 3)[:, ::-1], torch.tensor(3), torch.zeros(0, 4, dtype=torch.bool)),
+    ],
     ids=repr,
 )
 def test_leaf_comes_back_with_type_and_bits(tmp_path, leaf):
@@ -87,8 +87,10 @@ def test_leaf_comes_back_with_type_and_bits(tmp_path, leaf):
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bool, torch.uint8, torch.int16, torch.int64, torch.uint32, torch.float16, torch.bfloat16, torch.float64]
-    + [torch.complex64, torch.complex128, torch.float8_e4m3fn],
+    [
+        *(torch.bool, torch.uint8, torch.int16, torch.int64, torch.uint32, torch.float16, torch.bfloat16, torch.float64),
+        *(torch.complex64, torch.complex128, torch.float8_e4m3fn),
+    ],
     ids=str,
 )
 def test_tensor_of_every_dtype_comes_back(tmp_path, dtype):
@@ -295,7 +297,7 @@ def test_path_that_is_no_checkpoint_is_refused(manager, tmp_path):
 def test_metadata_of_another_run_is_refused_field_by_field(manager, caplog):
     path = manager.save(2, write_weights(2.0), metadata={"world_size": 2, "config": "a", "sizes": (1, 2)})
     check_metadata(path, {"world_size": 2, "config": "a", "sizes": (1, 2)})
-    with pytest.raises(CheckpointError, match="world_size: the checkpoint has 2, this run has 1; data: .*nothing"):
+    with pytest.raises(CheckpointError, match=r"world_size: the checkpoint has 2, this run has 1; data: .*nothing"):
         check_metadata(path, {"world_size": 1, "data": "x"})
     with caplog.at_level(logging.WARNING):
         check_metadata(path, {"world_size": 1}, allow={"world_size"})
@@ -374,24 +376,25 @@ def kill_at_file_operation(number: int, root: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir"):
-            if any(str(root) in str(argument) for argument in arguments) or event in ("os.remove", "os.rmdir"):
-                tick()
+        inside = any(str(root) in str(argument) for argument in arguments)
+        if event in ("os.remove", "os.rmdir") or (inside and event in ("open", "os.mkdir", "os.rename", "os.scandir")):
+            tick()  # rmtree removes by names relative to an open folder
 
     fsync = os.fsync
     os.fsync = lambda descriptor: (tick(), fsync(descriptor))[1]
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize(("step", "lost"), [(3, None), (2, None), (2, "step-00000001")], ids=["next", "again", "again-only"])
-def test_kill_at_any_file_operation_of_a_save_leaves_a_valid_checkpoint(tmp_path, step, lost):
+@pytest.mark.parametrize(("step", "damaged"), [(3, None), (2, "step-00000001")], ids=["next", "only valid one again"])
+def test_kill_at_any_file_operation_of_a_save_leaves_a_valid_checkpoint(tmp_path, monkeypatch, step, damaged):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it matters when the power fails, not for a kill
     kills = 0
     for number in range(1, 200):
         manager = CheckpointManager(tmp_path / str(number))
         for earlier in (1, 2):
             manager.save(earlier, write_weights(float(earlier)), metadata={})
-        if lost is not None:
-            flip_bit(manager.root / lost / "training.json")
+        if damaged is not None:
+            flip_bit(manager.root / damaged / "training.json")
 
         def save(manager=manager, number=number) -> None:
             kill_at_file_operation(number, manager.root)

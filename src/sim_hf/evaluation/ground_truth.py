@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, List
+from datasets import Dataset
 from pycocotools import mask as coco_mask
 
+from sim_hf.data.category_ids import category_feature
+from sim_hf.data.category_ids import category_ids as known_category_ids
 from sim_hf.data.masks import decode_segmentation, encode_rle
 
 MAX_PROBLEMS_LISTED = 5
@@ -26,7 +28,7 @@ def coco_ground_truth(
 ) -> dict[str, Any]:
     """A normalised copy of an annotation file (path or its content) or of a `datasets.Dataset` in the detection convention.
 
-    `category_ids` (only for a Dataset): label -> original category id; the labels themselves when left out.
+    `category_ids` (only for a Dataset): label -> original category id; left out: those the data set keeps.
     The result is COCO's format plus: `has_masks` (every annotation that is no crowd has a usable mask), `num_without_mask`
     (how many have none) and `mask_problems` (the first of them, by name). `source` is not changed.
     """
@@ -80,7 +82,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _from_dataset(dataset: Dataset, category_ids: Sequence[int] | None) -> dict[str, Any]:
     """A Dataset's rows as COCO's lists. No image is decoded."""
     names = _category_names(dataset)
-    ids = list(range(len(names))) if category_ids is None else [as_id(i, "category id") for i in category_ids]
+    category_ids = known_category_ids(dataset) if category_ids is None else category_ids
+    ids = [as_id(category_id, "category id") for category_id in category_ids]
     if len(ids) != len(names):
         raise ValueError(f"category_ids: {len(ids)} ids for the {len(names)} categories of the data set")
     images, annotations = [], []
@@ -95,20 +98,14 @@ def _from_dataset(dataset: Dataset, category_ids: Sequence[int] | None) -> dict[
 
 
 def _category_names(dataset: Dataset) -> list[str]:
-    """Class names from the feature of `objects`, which `datasets` spells as a dict of lists or as a list of dicts."""
-    missing = [name for name in ("image_id", "width", "height", "objects") if name not in dataset.features]
+    missing = [name for name in ("image_id", "width", "height", "objects") if name not in dataset.column_names]
     if missing:
-        raise ValueError(f"the data set lacks the columns {missing}, it has {list(dataset.features)}")
-    objects = dataset.features["objects"]
-    if isinstance(objects, List):
-        objects = {name: List(feature) for name, feature in objects.feature.items()}
-    category = objects.get("category")
-    if not isinstance(category, List) or not isinstance(category.feature, ClassLabel):
-        raise ValueError(f"objects.category of the data set must be a list of ClassLabel, got {category}")
-    return list(category.feature.names)
+        raise ValueError(f"the data set lacks the columns {missing}, it has {dataset.column_names}")
+    return list(category_feature(dataset).names)
 
 
 def _rows(objects: Mapping[str, list] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The instances of an image; `datasets` has them as a dict of lists or as a list of dicts."""
     if isinstance(objects, list):
         return [dict(instance) for instance in objects]
     return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]

@@ -101,13 +101,15 @@ def git_state(module_file: Path = Path(__file__)) -> dict[str, Any]:
 def typed_command(arguments: list[str], original_arguments: list[str]) -> str:
     """The command as it was typed: Python replaces the program by an absolute path, which is put back."""
     interpreter_part = original_arguments[: len(original_arguments) - len(arguments) + 1]
+    program = arguments[0] if arguments else ""
     if len(interpreter_part) >= 2 and interpreter_part[-2] == "-m":
-        program = ["python", "-m", interpreter_part[-1]]
+        start = ["python", "-m", interpreter_part[-1]]
+    elif program in ("", "-c"):
+        start = ["python", *(["-c", "..."] if program else [])]
     else:
-        script = Path(arguments[0])
-        name = script.name if script.is_absolute() else str(script)
-        program = ["python", name] if script.suffix == ".py" else [name]
-    return shlex.join([*program, *arguments[1:]])
+        name = Path(program).name if Path(program).is_absolute() else program
+        start = ["python", name] if name.endswith(".py") else [name]
+    return shlex.join([*start, *arguments[1:]])
 
 
 def _git(*arguments: str) -> str | None:
