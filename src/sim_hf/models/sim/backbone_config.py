@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, TimmBackboneConfig
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
 FEATURE_STRIDES = (4, 8, 16, 32)
 
@@ -22,7 +23,7 @@ def resolve_backbone_config(backbone: str | Mapping[str, Any] | PreTrainedConfig
     if isinstance(backbone, PreTrainedConfig):
         return backbone
     if isinstance(backbone, Mapping):
-        fields = dict(backbone)
+        fields = copy.deepcopy(dict(backbone))
         if "model_type" not in fields:
             raise ValueError(f"a backbone dict needs a 'model_type', got keys {sorted(fields)}")
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -31,10 +32,14 @@ def resolve_backbone_config(backbone: str | Mapping[str, Any] | PreTrainedConfig
     return _transformers_config(backbone)
 
 
-def _timm_config(name: str) -> TimmBackboneConfig:
+def _timm_fields(name: str, out_indices: list[int]) -> dict[str, Any]:
+    return {"model_type": "timm_backbone", "backbone": name, "out_indices": out_indices}
+
+
+def _timm_config(name: str) -> PreTrainedConfig:
     try:
         with torch.device("meta"):
-            model = AutoBackbone.from_config(TimmBackboneConfig(backbone=name, out_indices=[0]))
+            model = AutoBackbone.from_config(resolve_backbone_config(_timm_fields(name, [0])))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"timm has no backbone {name!r} that gives feature maps: {error}") from error
     strides = [stage["reduction"] for stage in model._backbone.feature_info.info]
@@ -45,12 +50,12 @@ def _timm_config(name: str) -> TimmBackboneConfig:
         )
     last = len(strides) - 1
     out_indices = [last - strides[::-1].index(stride) for stride in FEATURE_STRIDES]
-    config = TimmBackboneConfig(backbone=name, out_indices=out_indices)
+    config = resolve_backbone_config(_timm_fields(name, out_indices))
     _require_maps_of_any_size(name, config)
     return config
 
 
-def _require_maps_of_any_size(name: str, config: TimmBackboneConfig) -> None:
+def _require_maps_of_any_size(name: str, config: PreTrainedConfig) -> None:
     """Some timm transformers take one input size only, or give their maps channels last."""
     height, width = 256, 320
     expected = [(height // stride, width // stride) for stride in FEATURE_STRIDES]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -78,7 +79,7 @@ def _unflattened(name: str) -> str:
 
 def _load_transformers(encoder: PreTrainedModel, tensors: dict[str, Tensor], source: str) -> BackboneReport:
     """transformers' own loader knows the old names of its models, so it does the renaming, on a second copy."""
-    loaded, info = type(encoder).from_pretrained(
+    result: Any = type(encoder).from_pretrained(
         None,
         config=encoder.config,
         state_dict=dict(tensors),
@@ -86,6 +87,7 @@ def _load_transformers(encoder: PreTrainedModel, tensors: dict[str, Tensor], sou
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
     )
+    loaded, info = result
     new = tuple(sorted(name for name in info["missing_keys"] if name.startswith(_NEW_PARTS)))
     missing = [
         name for name in info["missing_keys"] if not name.startswith(_NEW_PARTS) and not name.endswith("num_batches_tracked")

@@ -41,11 +41,12 @@ def load_pretrained_for_classes(
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
     config = SIMConfig.from_pretrained(path, **{"category_ids": None, **overrides})
-    model, info = SIMForInstanceSegmentation.from_pretrained(
+    loaded: Any = SIMForInstanceSegmentation.from_pretrained(
         path, config=config, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
     )
+    model, info = loaded
     _require_complete(str(path), model, info)
-    old_labels = {name.strip().lower(): label for label, name in config.id2label.items()}
+    old_labels = {name.strip().lower(): label for label, name in (config.id2label or {}).items()}
     old_head = model.class_predictor
     new_head = nn.Linear(old_head.in_features, len(names) + 1)
     model._init_weights(new_head)

@@ -28,7 +28,7 @@ def multi_scale_deformable_attention(
     num_queries = locations_BNALP2.shape[1]
     grids_BNALP2 = 2 * locations_BNALP2.float() - 1
     weights_BNALP = weights_BNALP.float()
-    output = None
+    output = torch.zeros((), device=value_BMAD.device)
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
         level_value = value_BMAD[:, start : start + height * width].float()
@@ -37,8 +37,7 @@ def multi_scale_deformable_attention(
         grid = grids_BNALP2[:, :, :, level].transpose(1, 2).flatten(0, 1)
         samples = nn.functional.grid_sample(level_value, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         weights = weights_BNALP[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
-        summed = (samples * weights).sum(-1)
-        output = summed if output is None else output + summed
+        output = output + (samples * weights).sum(-1)
     output = output.view(batch_size, num_heads * head_dim, num_queries)
     return output.transpose(1, 2).contiguous().to(value_BMAD.dtype)
 

@@ -46,7 +46,7 @@ class SIMImageProcessor(TorchvisionBackend):
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
-    size = PRESET_SIZES["r50"]
+    size: Any = PRESET_SIZES["r50"]  # a dict here, a SizeDict on the instance
     default_to_square = False
     do_resize = True
     do_rescale = True
@@ -62,7 +62,8 @@ class SIMImageProcessor(TorchvisionBackend):
         """The processor that belongs to `SIMConfig.from_preset(name)`."""
         if name not in PRESET_SIZES:
             raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESET_SIZES)}")
-        return cls(**{"size": PRESET_SIZES[name], **overrides})
+        fields: dict[str, Any] = {"size": PRESET_SIZES[name], **overrides}
+        return cls(**fields)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after resizing: the long side `longest_edge`, the short side at most `shortest_edge`."""
@@ -72,7 +73,7 @@ class SIMImageProcessor(TorchvisionBackend):
         if isinstance(image, Image.Image):
             image = _to_rgb(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
-            image = (image // 257).astype(np.uint8)
+            image = _to_8_bits(image, known_16_bits=True)
         return super().process_image(image, *args, **kwargs)
 
     def _preprocess(
@@ -103,7 +104,8 @@ class SIMImageProcessor(TorchvisionBackend):
             for input_size, x in zip(input_sizes, processed, strict=True)
         ]
         if do_pad and images:
-            height, width = (-(-max(sizes) // size_divisor) * size_divisor for sizes in zip(*input_sizes, strict=True))
+            height = _round_up(max(height for height, _ in input_sizes), size_divisor)
+            width = _round_up(max(width for _, width in input_sizes), size_divisor)
             processed = [_pad(image, height, width) for image in processed]
             masks = [_pad(mask, height, width) for mask in masks]
         data = {
@@ -117,7 +119,7 @@ class SIMImageProcessor(TorchvisionBackend):
     def _resize(self, image: Tensor, size: SizeDict, resample: Any) -> Tensor:
         if size.height and size.width:
             return self.resize(image, size=size, resample=resample)
-        height, width = _resized_size(*image.shape[-2:], size)
+        height, width = _resized_size(image.shape[-2], image.shape[-1], size)
         return self.resize(image, size=SizeDict(height=height, width=width), resample=resample)
 
     @torch.no_grad()
@@ -169,17 +171,31 @@ def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright (EXIF), 16 bits scaled to 8, transparency on white."""
+    """Upright (EXIF), more than 8 bits scaled to 8, transparency on white: what training reads from the same file."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bits(np.asarray(image), known_16_bits=image.mode.startswith("I;16")))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        image = canvas
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _to_8_bits(values_HW: np.ndarray, *, known_16_bits: bool) -> np.ndarray:
+    """Pixels of an integer or float image as uint8; the largest value tells the range where the mode does not."""
+    is_float = np.issubdtype(values_HW.dtype, np.floating)
+    values_HW = np.nan_to_num(values_HW.astype(np.float64), nan=0.0, posinf=65535.0, neginf=0.0)
+    largest = values_HW.max(initial=0.0)
+    scale = 1.0
+    if known_16_bits or largest > 255:
+        scale = 1 / 257
+    elif is_float and largest <= 1:
+        scale = 255.0
+    return np.rint(values_HW * scale).clip(0, 255).astype(np.uint8)
+
+
+def _round_up(length: int, divisor: int) -> int:
+    return -(-length // divisor) * divisor
 
 
 def _pad(image: Tensor, height: int, width: int) -> Tensor:

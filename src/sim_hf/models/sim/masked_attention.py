@@ -90,12 +90,13 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
             if output_attentions:
                 attentions.append(outputs[1])
         predicted = normalised if output_auxiliary_masks else normalised[-1:]
+        masks = tuple(self._mask_logits(states, mask_features_BCHW) for states in predicted)
         return Mask2FormerMaskedAttentionDecoderOutput(
             last_hidden_state=hidden_states.transpose(0, 1),
-            hidden_states=tuple(all_hidden_states),
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(all_hidden_states),  # pyright: ignore[reportArgumentType]  # typed as a one-tuple upstream
+            attentions=tuple(attentions) if output_attentions else None,  # pyright: ignore[reportArgumentType]
             intermediate_hidden_states=tuple(normalised),
-            masks_queries_logits=tuple(self._mask_logits(states, mask_features_BCHW) for states in predicted),
+            masks_queries_logits=masks,  # pyright: ignore[reportArgumentType]
         )
 
     def _mask_logits(self, states_QBC: Tensor, mask_features_BCHW: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class SIMModel(SIMPreTrainedModel):
             pixel_decoder_hidden_states=pixels.decoder_hidden_states if output_hidden_states else None,
             transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
             transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
-            masks_queries_logits=masks,
+            masks_queries_logits=masks,  # pyright: ignore[reportArgumentType]  # typed as a one-tuple upstream
             attentions=decoded.attentions,
         )
         return output if return_dict else output.to_tuple()
@@ -132,7 +132,7 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
     def __init__(self, config: SIMConfig) -> None:
         super().__init__(config)
         self.model = SIMModel(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)  # pyright: ignore[reportOptionalOperand]
         self.post_init()
 
     def forward(

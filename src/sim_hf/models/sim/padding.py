@@ -53,5 +53,5 @@ def sine_position_embedding(
 
 def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
     """Mask logits with no mask in the padding -> (B, Q, h, w)."""
-    valid_BhW = downsample_valid(valid_BHW, mask_logits_BQHW.shape[-2:])
+    valid_BhW = downsample_valid(valid_BHW, (mask_logits_BQHW.shape[2], mask_logits_BQHW.shape[3]))
     return mask_logits_BQHW.masked_fill(~valid_BhW[:, None], PADDING_LOGIT)

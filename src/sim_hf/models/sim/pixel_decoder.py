@@ -68,22 +68,23 @@ class SIMPixelDecoder(Mask2FormerPixelDecoder):
             above = nn.functional.interpolate(outputs[-1], size=current.shape[-2:], mode="bilinear", align_corners=False)
             outputs.append(smooth(current + above))
         return Mask2FormerPixelDecoderOutput(
-            mask_features=self.mask_projection(outputs[-1]), multi_scale_features=multi_scale_features
+            mask_features=self.mask_projection(outputs[-1]),
+            multi_scale_features=multi_scale_features,  # pyright: ignore[reportArgumentType]  # a one-tuple upstream
         )
 
     def _attend(self, embedded: list[Tensor], valid_BHW: Tensor | None) -> list[Tensor]:
         """Deformable attention across the levels -> one (B, C, h, w) map per level."""
         shapes = [(x.shape[2], x.shape[3]) for x in embedded]
         first = embedded[0]
-        valid_levels = [None if valid_BHW is None else downsample_valid(valid_BHW, shape) for shape in shapes]
-        positions = [
-            sine_position_embedding(valid, shape, first.shape[1], device=first.device, dtype=first.dtype)
-            + self.level_embed[level].view(1, -1, 1, 1)
-            for level, (valid, shape) in enumerate(zip(valid_levels, shapes, strict=True))
-        ]
+        valid_levels = None if valid_BHW is None else [downsample_valid(valid_BHW, shape) for shape in shapes]
+        positions = []
+        for level, shape in enumerate(shapes):
+            valid = None if valid_levels is None else valid_levels[level]
+            position = sine_position_embedding(valid, shape, first.shape[1], device=first.device, dtype=first.dtype)
+            positions.append(position + self.level_embed[level].view(1, -1, 1, 1))
         states_BMC = torch.cat([x.flatten(2).transpose(1, 2) for x in embedded], 1)
         positions_BMC = torch.cat([x.flatten(2).transpose(1, 2) for x in positions], 1)
-        padding_BM = None if valid_BHW is None else torch.cat([~valid.flatten(1) for valid in valid_levels], 1)
+        padding_BM = None if valid_levels is None else torch.cat([~valid.flatten(1) for valid in valid_levels], 1)
         reference_points = _cell_centres(shapes, first.device)
         for layer in self.encoder.layers:
             states_BMC = layer(states_BMC, padding_BM, positions_BMC, reference_points, shapes)
@@ -120,8 +121,8 @@ class SIMPixelLevelModule(nn.Module):
                 " out_features or out_indices of its configuration"
             )
         self.patch_size: int | None = None
-        if config.backbone_config.model_type in PLAIN_TRANSFORMERS:
-            self.patch_size = config.backbone_config.patch_size
+        if self.encoder.config.model_type in PLAIN_TRANSFORMERS:
+            self.patch_size = self.encoder.config.patch_size
         self.decoder = SIMPixelDecoder(config, feature_channels=self.encoder.channels)
         self._freeze_unused_parameters()
 
@@ -145,22 +146,25 @@ class SIMPixelLevelModule(nn.Module):
             self.encoder.embeddings.mask_token.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, valid_BHW: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
-        features = self._plain_features(pixel_values) if self.patch_size else self.encoder(pixel_values).feature_maps
+        if self.patch_size is None:
+            features = self.encoder(pixel_values).feature_maps
+        else:
+            features = self._plain_features(pixel_values, self.patch_size)
         decoded = self.decoder(list(features), valid_BHW)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=features[-1],
-            encoder_hidden_states=tuple(features),
+            encoder_hidden_states=tuple(features),  # pyright: ignore[reportArgumentType]
             decoder_last_hidden_state=decoded.mask_features,
             decoder_hidden_states=decoded.multi_scale_features,
         )
 
-    def _plain_features(self, pixel_values: Tensor) -> list[Tensor]:
+    def _plain_features(self, pixel_values: Tensor, patch_size: int) -> list[Tensor]:
         """The maps of a plain vision transformer, resized to strides 4 to 32.
 
         The input is resized to whole patches first: cutting the last columns off instead would shift every mask.
         """
         height, width = pixel_values.shape[-2:]
-        whole = [max(round(length / self.patch_size), 1) * self.patch_size for length in (height, width)]
+        whole = [max(round(length / patch_size), 1) * patch_size for length in (height, width)]
         resized = nn.functional.interpolate(pixel_values, size=whole, mode="bilinear", align_corners=False)
         return [
             nn.functional.interpolate(x, size=(-(-height // stride), -(-width // stride)), mode="bilinear", align_corners=False)
