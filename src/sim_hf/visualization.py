@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from scipy.special import ndtri
 from torch import Tensor
 
 # Soft, of similar lightness, neighbours far apart in hue.
@@ -31,6 +30,7 @@ PALETTE = (
 )
 _FILL_OPACITY, _SHADOW_OPACITY = 0.42, 0.35
 _MIN_SIDE = 640
+_NORMAL_QUANTILES = torch.special.ndtri(torch.linspace(0, 1, 256).clamp(1e-3, 1 - 1e-3)).numpy()
 _INK, _MUTED, _PAPER = (38, 42, 48), (105, 112, 122), (255, 255, 255)
 
 Box = tuple[float, float, float, float]
@@ -136,7 +136,7 @@ def _draw_mask(canvas: Image.Image, mask_HW: np.ndarray, color: tuple[int, ...],
     """A translucent fill, a light line along the edge and a soft shadow around it, so that the edge shows on any ground.
 
     All three are smooth functions of the distance from the edge. The distance comes from blurring: across a straight edge
-    a blurred mask is the normal distribution function, whose inverse (`ndtri`) gives the distance in units of the radius.
+    a blurred mask is the normal distribution function, whose inverse gives the distance in units of the radius.
     """
     if not mask_HW.any():
         return canvas
@@ -150,8 +150,8 @@ def _draw_mask(canvas: Image.Image, mask_HW: np.ndarray, color: tuple[int, ...],
         min(right + margin, canvas.width),
         min(bottom + margin, canvas.height),
     )
-    level_HW = np.asarray(mask.crop(area).filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255
-    distance_HW = radius * ndtri(level_HW.clip(1e-3, 1 - 1e-3))  # pixels, positive inside
+    level_HW = np.asarray(mask.crop(area).filter(ImageFilter.GaussianBlur(radius)))
+    distance_HW = radius * _NORMAL_QUANTILES[level_HW]  # pixels, positive inside
     fill_HW = (distance_HW + 0.5).clip(0, 1) * _FILL_OPACITY
     line_HW = (line_width / 2 + 0.5 - np.abs(distance_HW)).clip(0, 1)
     shadow_HW = (1 + (distance_HW + line_width / 2) / line_width).clip(0, 1) * (distance_HW < 0) * _SHADOW_OPACITY

@@ -20,8 +20,8 @@ class SampleTransform(Protocol):
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """The seed of one image in one epoch: well mixed, so that neighbours share nothing."""
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
+    """The seed of one image in one epoch: well mixed, so that neighbours share nothing. `index` may be any integer."""
+    return int(np.random.SeedSequence([seed, epoch, index % 2**63]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
