@@ -1,12 +1,15 @@
-"""Rows to micro-batches on the device: the endless stream that the Accelerate loop reads."""
+"""Rows to batches: the endless stream of steps that the Accelerate loop reads, and the same stream cut into epochs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from sim_hf.data import DetectionCollator, SeededDataset, SeededIterable, StepSampler, TrainTransform
 from sim_hf.training.arguments import DataArguments, RunArguments
@@ -28,24 +31,13 @@ class MicroBatches:
         with_masks: bool,
         accelerator: Accelerator,
     ) -> None:
-        size = int(processor.size["longest_edge"])
-        strength = arguments.color_jitter
-        transform = TrainTransform(
-            size,
-            scale_range=(arguments.scale_min, arguments.scale_max),
-            flip=arguments.flip,
-            brightness=strength,
-            contrast=strength,
-            saturation=strength,
-            hue=0.15 * strength,
-            with_masks=with_masks,
-        )
+        transform = train_transform(processor, arguments, with_masks=with_masks)
         self.device = accelerator.device
         self.num_micro = run.gradient_accumulation_steps
         micro_size = run.batch_size // self.num_micro
         self.streaming = data.streaming
         self.steps_done = 0
-        collate = DetectionCollator(processor.image_mean, processor.image_std, pad_to=_round_up(size, 32))
+        collate = train_collator(processor)
         common = {
             "num_workers": arguments.num_workers,
             "collate_fn": collate,
@@ -92,6 +84,79 @@ class MicroBatches:
             raise ValueError("the checkpoint was made with another kind of data set (streaming or not) than this run uses")
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """A `StepSampler`'s stream in pieces of whole optimiser steps that cover the data set at least once, for a driver that
+    counts epochs. Piece after piece it is the same stream, so an epoch's last step takes its missing images from the next."""
+
+    def __init__(self, sampler: StepSampler, num_micro: int) -> None:
+        self.sampler = sampler
+        per_step = sampler.batch_size * sampler.num_replicas * num_micro
+        self.num_batches = -(-sampler.dataset_size // per_step) * num_micro
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return self.num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.position = epoch * self.num_batches * self.sampler.batch_size * self.sampler.num_replicas
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return islice(iter(self.sampler), self.num_batches)
+
+
+class _EpochLoader(DataLoader):
+    """Tells its batch sampler the epoch, as `transformers.Trainer` expects of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.set_epoch(epoch)
+
+
+def epoch_loader(
+    rows: Any,
+    arguments: DataArguments,
+    processor: Any,
+    *,
+    with_masks: bool,
+    batch_size: int,
+    num_micro: int,
+    seed: int,
+    num_processes: int = 1,
+    process_index: int = 0,
+    **options: Any,
+) -> DataLoader:
+    """Loader of this process's micro-batches, with a length when the rows have one. batch_size: of a micro-batch; options:
+    of `DataLoader`."""
+    transform = train_transform(processor, arguments, with_masks=with_masks)
+    options = {"collate_fn": train_collator(processor), **options}
+    if isinstance(rows, datasets.IterableDataset):
+        if num_processes > 1:
+            rows = rows.shard(num_shards=num_processes, index=process_index)
+        return _EpochLoader(SeededIterable(rows, transform, seed), batch_size=batch_size, drop_last=True, **options)
+    sampler = StepSampler(len(rows), batch_size, seed=seed, num_replicas=num_processes, rank=process_index)
+    return _EpochLoader(SeededDataset(rows, transform, seed), batch_sampler=EpochBatches(sampler, num_micro), **options)
+
+
+def train_transform(processor, arguments: DataArguments, *, with_masks: bool) -> TrainTransform:
+    """Augmentation at the processor's size."""
+    strength = arguments.color_jitter
+    return TrainTransform(
+        int(processor.size["longest_edge"]),
+        scale_range=(arguments.scale_min, arguments.scale_max),
+        flip=arguments.flip,
+        brightness=strength,
+        contrast=strength,
+        saturation=strength,
+        hue=0.15 * strength,
+        with_masks=with_masks,
+    )
+
+
+def train_collator(processor) -> DetectionCollator:
+    """Batches of one fixed size, so that a sample does not depend on its neighbours."""
+    return DetectionCollator(processor.image_mean, processor.image_std, pad_to=_round_up(int(processor.size["longest_edge"]), 32))
 
 
 def _round_up(value: int, divisor: int) -> int:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
 from sim_hf.evaluation.diagnostics import collapse_warning, mask_diagnostics
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
 from sim_hf.training.assembly import build_data, build_model, build_step
+from sim_hf.training.finite import check_finite
 from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.periodic import evaluate_and_draw, export_model
@@ -27,10 +28,6 @@ from sim_hf.training.resume import Resumer
 from sim_hf.training.step import StepInputs
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or gradient is NaN or infinite; raised before the update, naming the term, the step and the images."""
 
 
 class Trainer:
@@ -159,7 +156,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + float(loss.detach())
         gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
         record = {"loss": sum(sums.values()), **sums, "gradient_norm": float(gradient_norm)}
-        self._check_finite(record, inputs)
+        check_finite(record, inputs, step=self.step.global_step, accelerator=self.accelerator)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.accelerator.optimizer_step_was_skipped:
@@ -175,23 +172,6 @@ class Trainer:
         if self.step.global_step % self.run.log_every == 0:
             record.update(self._diagnose(inputs[-1], outputs[-1]))
         return record
-
-    def _check_finite(self, record: dict[str, float], inputs: list[StepInputs]) -> None:
-        """Stop on all ranks before the update. The reduced gradient is non-finite on every rank if a loss was on any, so all
-        ranks come here together; with fp16 an infinite gradient alone is the scaler's business."""
-        finite = {name: bool(torch.isfinite(torch.tensor(value))) for name, value in record.items()}
-        if all(finite.values()):
-            return
-        guilty = [name for name, is_finite in finite.items() if not is_finite and name.startswith("loss_")]
-        if self.run.mixed_precision == "fp16":
-            flags = torch.tensor(float(bool(guilty)), device=self.accelerator.device)
-            if not float(self.accelerator.reduce(flags, "sum")):
-                return
-        keys = [key for micro in inputs for key in micro.image_keys]
-        reports = gather_object([f"rank {self.accelerator.process_index}: {', '.join(guilty) or 'gradient'} (images {keys})"])
-        raise NonFiniteLossError(
-            f"step {self.step.global_step}: not finite before the update, nothing was changed. " + "; ".join(reports)
-        )
 
     @torch.no_grad()
     def _diagnose(self, inputs: StepInputs, output: CriterionOutput) -> dict[str, float]:
