@@ -36,6 +36,12 @@ class InstanceTargets:
         num_instances = self.boxes_G4.shape[0]
         if self.boxes_G4.shape != (num_instances, 4):
             raise ValueError(f"boxes must be (G, 4) xyxy, got {tuple(self.boxes_G4.shape)}")
+        for name, per_instance in (("class labels", self.class_labels_G), ("image ids", self.image_ids_G)):
+            if per_instance.shape != (num_instances,):
+                raise ValueError(f"expected {num_instances} {name}, one a box, got {tuple(per_instance.shape)}")
+        masks_shape = (num_instances, *self.input_size)
+        if self.masks_GHW is not None and self.masks_GHW.shape != masks_shape:
+            raise ValueError(f"masks must be {masks_shape}, one a box at input size, got {tuple(self.masks_GHW.shape)}")
         none = torch.zeros(num_instances, dtype=torch.bool, device=self.boxes_G4.device)
         if self.has_mask_G is None:
             self.has_mask_G = none
@@ -136,8 +142,8 @@ class CriterionOutput:
 def rasterize_boxes(boxes_G4: Tensor, height: int, width: int, stride: float) -> tuple[Tensor, Tensor]:
     """Boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height) and columns (G, width), bool.
 
-    A cell belongs to the box when its centre does; a box thinner than a cell keeps the one cell nearest to it, so no
-    instance vanishes (a one-pixel box has exactly one cell).
+    A cell belongs to the box when its centre does (a centre on the edge goes to the even cell, so that a mirrored box has
+    the mirrored cells). A box thinner than a cell keeps the one cell nearest to its edge, so no instance vanishes.
     """
 
     def span(low_G: Tensor, high_G: Tensor, length: int) -> Tensor:

@@ -60,11 +60,20 @@ def sum_over_layers(losses: Sequence[Tensor], num_instances: float) -> Tensor:
     return torch.stack([loss_N.sum() for loss_N in losses]).sum() / num_instances
 
 
-def masks_on_grid(masks_GHW: Tensor, height: int, width: int) -> Tensor:
-    """Boolean masks at input size -> share of each grid cell that they cover, float32 (G, height, width)."""
-    if masks_GHW.shape[0] == 0:
-        return masks_GHW.new_zeros(0, height, width, dtype=torch.float32)
-    return torch.nn.functional.adaptive_avg_pool2d(masks_GHW.float()[:, None], (height, width))[:, 0]
+def zero_with_gradient(students: Sequence[MaskPredictions]) -> Tensor:
+    """0, connected to the predictions of every layer: a loss that does not apply still reaches every parameter. A sum over
+    nothing, since 0 times a sum of huge logits is not 0."""
+    return torch.stack([student.mask_logits_NHW[:0].sum() for student in students]).sum()
+
+
+def masks_on_grid(targets: InstanceTargets, chosen_G: Tensor, height: int, width: int) -> Tensor:
+    """Share of each grid cell that the masks of the chosen instances cover -> float32 (G, height, width), 0 for the others."""
+    masks_GHW = torch.zeros(len(targets), height, width, device=targets.boxes_G4.device)
+    rows = chosen_G.nonzero()[:, 0]
+    if targets.masks_GHW is not None and len(rows) > 0:
+        chosen_N1HW = targets.masks_GHW[rows][:, None].float()
+        masks_GHW[rows] = torch.nn.functional.adaptive_avg_pool2d(chosen_N1HW, (height, width))[:, 0]
+    return masks_GHW
 
 
 def known_mask_losses(

@@ -97,9 +97,8 @@ class BoxInstCriterion:
             "loss_projection": self.projection_weight * sum_over_layers(projection, num_instances),
             "loss_pairwise": self.pairwise_weight * warmup * sum_over_layers(pairwise, num_instances),
         }
-        if targets.masks_GHW is not None:
-            real_GHW = masks_on_grid(targets.masks_GHW, height, width)
-            bce, dice = known_mask_losses(students, real_GHW, targets.has_mask_G)
-            losses["loss_mask"] = self.mask_weight * sum_over_layers(bce, num_instances)
-            losses["loss_dice"] = self.dice_weight * sum_over_layers(dice, num_instances)
+        # Named on every batch, with and without masks: loggers of several ranks need the same keys.
+        bce, dice = known_mask_losses(students, masks_on_grid(targets, targets.has_mask_G, height, width), targets.has_mask_G)
+        losses["loss_mask"] = self.mask_weight * sum_over_layers(bce, num_instances)
+        losses["loss_dice"] = self.dice_weight * sum_over_layers(dice, num_instances)
         return CriterionOutput(losses)

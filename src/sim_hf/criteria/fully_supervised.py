@@ -1,4 +1,4 @@
-"""Full supervision: Mask2Former's point-sampled BCE + Dice on real masks (arXiv 2112.01527, Sec. 3.3), the upper row of the table."""
+"""Full supervision: Mask2Former's point-sampled BCE + Dice on real masks (arXiv 2112.01527, Sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sim_hf.criteria.base import sum_over_layers
+from sim_hf.criteria.base import sum_over_layers, zero_with_gradient
 from sim_hf.losses import bce_cost, dice_cost, masked_bce_loss, masked_dice_loss, sample_points, uncertain_points
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
 
@@ -63,9 +63,8 @@ class FullySupervisedCriterion:
         bce, dice = [], []
         for layer, student in enumerate(students):
             if targets.masks_GHW is None:
-                nothing = student.mask_logits_NHW.flatten(1).sum(-1) * 0.0
-                bce.append(nothing)
-                dice.append(nothing)
+                bce.append(zero_with_gradient([student]))
+                dice.append(zero_with_gradient([student]))
                 continue
             chosen_N = targets.has_mask_G[student.instance_ids_N].nonzero(as_tuple=True)[0]
             logits_NHW = student.mask_logits_NHW[chosen_N]

@@ -5,13 +5,13 @@ Shape letters: B images, Q queries, K classes (the last logit is no-object), G i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sim_hf.criteria.matcher import HungarianMatcher
+from sim_hf.criteria.base import MaskCriterion, zero_with_gradient
+from sim_hf.criteria.matcher import HungarianMatcher, Matches
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
 
 
@@ -46,7 +46,7 @@ class SetCriterion(nn.Module):
 
     def __init__(
         self,
-        mask_criterion: nn.Module,
+        mask_criterion: MaskCriterion,
         *,
         num_queries: int,
         class_weight: float = 2.0,
@@ -81,17 +81,13 @@ class SetCriterion(nn.Module):
     ) -> CriterionOutput:
         """Price the student's output; `teacher_output` is None when the step does not need it."""
         with torch.autocast(images_BCHW.device.type, enabled=False):  # sums and exponentials stay float32
-            ids_of_image = [(targets.image_ids_G == i).nonzero(as_tuple=True)[0] for i in range(targets.num_images)]
-            targets_of_image = [targets.select(ids) for ids in ids_of_image]
             layers = _layers(student_output)
-            matched = self.matcher(layers, targets_of_image, global_step=global_step)
+            matched = self.matcher(layers, targets, global_step=global_step)
             students = [
-                _positives(layer, match, ids_of_image, targets, student_output.mask_features)
-                for layer, match in zip(layers, matched, strict=True)
+                _positives(layer, matches, targets, student_output.mask_features)
+                for layer, matches in zip(layers, matched, strict=True)
             ]
-            teacher = None
-            if teacher_output is not None:
-                teacher = self._teacher_positives(teacher_output, targets_of_image, ids_of_image, targets, global_step)
+            teacher = None if teacher_output is None else self._teacher_positives(teacher_output, targets, global_step)
             output = self.mask_criterion(
                 students,
                 teacher,
@@ -101,36 +97,33 @@ class SetCriterion(nn.Module):
                 num_instances=normalizers.num_instances,
                 global_step=global_step,
             )
-            loss_class = torch.stack(
-                [self._class_loss(logits, match, targets_of_image) for (logits, _), match in zip(layers, matched, strict=True)]
-            ).sum()
-            output.losses = {
-                "loss_cross_entropy": self.class_weight * loss_class / normalizers.class_weight,
-                **output.losses,
-            }
+            class_losses = [
+                self._class_loss(class_logits_BQK, matches, targets)
+                for (class_logits_BQK, _), matches in zip(layers, matched, strict=True)
+            ]
+            loss_class = self.class_weight * torch.stack(class_losses).sum() / normalizers.class_weight
+            # Whatever the mask criterion reads: every output has a gradient on every rank and batch, also without instances.
+            loss_class = loss_class + zero_with_gradient(students)
+            output.losses = {"loss_cross_entropy": loss_class, **output.losses}
             output.positives = students[-1]
-            # Every parameter has a gradient on every rank and batch, with and without instances.
-            touch = sum(masks_BQHW[:, :, :1, :1].sum() for _, masks_BQHW in layers) * 0.0
-            output.losses["loss_cross_entropy"] = output.losses["loss_cross_entropy"] + touch
         return output
 
-    def _class_loss(self, class_logits_BQK: Tensor, match, targets_of_image: Sequence[InstanceTargets]) -> Tensor:
+    def _class_loss(self, class_logits_BQK: Tensor, matches: Matches, targets: InstanceTargets) -> Tensor:
         """Weighted cross-entropy summed over the queries; the caller divides by the step's sum of weights."""
         no_object = class_logits_BQK.shape[-1] - 1
         classes_BQ = torch.full(class_logits_BQK.shape[:2], no_object, device=class_logits_BQK.device)
-        for image, (queries, instances) in enumerate(match):
-            classes_BQ[image, queries] = targets_of_image[image].class_labels_G[instances]
+        classes_BQ[matches.images_N, matches.queries_N] = targets.class_labels_G[matches.instance_ids_N]
         weight_K = torch.ones(no_object + 1, device=class_logits_BQK.device)
         weight_K[no_object] = self.no_object_weight
-        return nn.functional.cross_entropy(class_logits_BQK.flatten(0, 1), classes_BQ.flatten(), weight_K, reduction="sum")
+        logits_MK = class_logits_BQK.float().flatten(0, 1)
+        return nn.functional.cross_entropy(logits_MK, classes_BQ.flatten(), weight_K, reduction="sum")
 
     @torch.no_grad()
-    def _teacher_positives(self, output, targets_of_image, ids_of_image, targets, global_step: int) -> MaskPredictions:
+    def _teacher_positives(self, output, targets: InstanceTargets, global_step: int) -> MaskPredictions:
         layers = _layers(output)
-        matched = self.matcher(layers, targets_of_image, global_step=global_step)
+        matched = self.matcher(layers, targets, global_step=global_step)
         positives = [
-            _positives(layer, match, ids_of_image, targets, output.mask_features)
-            for layer, match in zip(layers, matched, strict=True)
+            _positives(layer, matches, targets, output.mask_features) for layer, matches in zip(layers, matched, strict=True)
         ]
         return MaskPredictions(
             mask_logits_NHW=torch.cat([p.mask_logits_NHW for p in positives]),
@@ -141,28 +134,22 @@ class SetCriterion(nn.Module):
 
 
 def _layers(output) -> list[tuple[Tensor, Tensor]]:
-    """(class logits, mask logits) of every decoder prediction, the final one last, in float32."""
+    """(class logits, mask logits) of every decoder prediction, the final one last."""
     pairs = [(a["class_queries_logits"], a["masks_queries_logits"]) for a in output.auxiliary_logits or ()]
-    pairs.append((output.class_queries_logits, output.masks_queries_logits))
-    return [(classes.float(), masks.float()) for classes, masks in pairs]
+    return [*pairs, (output.class_queries_logits, output.masks_queries_logits)]
 
 
 def _positives(
-    layer: tuple[Tensor, Tensor],
-    match,
-    ids_of_image: Sequence[Tensor],
-    targets: InstanceTargets,
-    mask_features_BCHW: Tensor,
+    layer: tuple[Tensor, Tensor], matches: Matches, targets: InstanceTargets, mask_features_BCHW: Tensor
 ) -> MaskPredictions:
-    """Gather the matched queries of one layer; instance ids count over the whole batch."""
+    """The matched queries of one layer in float32; only they are cast, the maps of all queries would fill the memory."""
     class_logits_BQK, mask_logits_BQHW = layer
-    images_N = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(match)])
-    queries_N = torch.cat([queries for queries, _ in match])
-    ids_N = torch.cat([ids[instances] for ids, (_, instances) in zip(ids_of_image, match, strict=True)])
-    probability_NK = class_logits_BQK[images_N, queries_N].detach().softmax(-1)
+    rows = (matches.images_N, matches.queries_N)
+    labels_N = targets.class_labels_G[matches.instance_ids_N]
+    probability_NK = class_logits_BQK[rows].detach().float().softmax(-1)
     return MaskPredictions(
-        mask_logits_NHW=mask_logits_BQHW[images_N, queries_N],
-        instance_ids_N=ids_N,
-        scores_N=probability_NK.gather(1, targets.class_labels_G[ids_N][:, None])[:, 0],
+        mask_logits_NHW=mask_logits_BQHW[rows].float(),
+        instance_ids_N=matches.instance_ids_N,
+        scores_N=probability_NK.gather(1, labels_N[:, None])[:, 0],
         mask_features_BCHW=mask_features_BCHW,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sim_hf.criteria.base import known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers
+from sim_hf.criteria.base import known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers, zero_with_gradient
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.mask_generation import PseudoMaskGenerator
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
@@ -44,7 +44,8 @@ class SIMCriterion(nn.Module):
         self.prototype_start_step = min(prototype_start_step, pseudo_start_step)
 
     def needs_teacher(self, global_step: int) -> bool:
-        return self.pseudo_weight > 0 and global_step >= self.prototype_start_step
+        """Pasted masks are pseudo masks of earlier images: they need the teacher too."""
+        return max(self.pseudo_weight, self.paste_weight) > 0 and global_step >= self.prototype_start_step
 
     def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
         return self.box_criterion.matching_cost(mask_logits_QHW, targets, global_step=global_step)
@@ -63,26 +64,20 @@ class SIMCriterion(nn.Module):
         output = self.box_criterion(
             students, None, targets, images_BCHW, pixel_mask_BHW, num_instances=num_instances, global_step=global_step
         )
-        height, width = students[0].mask_logits_NHW.shape[-2:]
-        zero = students[0].mask_logits_NHW.sum() * 0.0
-        output.losses["loss_pseudo_mask"] = zero
-        output.losses["loss_paste"] = zero
-        if teacher is not None:
-            output.pseudo_masks = self.generator(teacher, targets, update_prototypes=self.training)
-            output.diagnostics.update(self.generator.diagnostics(output.pseudo_masks, targets))
-            pseudo = output.pseudo_masks
-            applies_G = ~(targets.has_mask_G | targets.is_pasted_G)
-            bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW)
+        output.losses["loss_pseudo_mask"] = zero_with_gradient(students)
+        if teacher is not None and self.needs_teacher(global_step):
+            pseudo = self.generator(teacher, targets, update_prototypes=self.training)
+            output.pseudo_masks = pseudo
+            output.diagnostics.update(self.generator.diagnostics(pseudo, targets))
             weight = self.pseudo_weight * self._pseudo_ramp(global_step)
-            output.losses["loss_pseudo_mask"] = weight * (
-                sum_over_layers(bce, num_instances) + sum_over_layers(dice, num_instances)
-            )
-        if targets.masks_GHW is not None and self.paste_weight > 0:
-            pasted_GHW = masks_on_grid(targets.masks_GHW, height, width)
-            bce, dice = known_mask_losses(students, pasted_GHW, targets.is_pasted_G)
-            output.losses["loss_paste"] = self.paste_weight * (
-                sum_over_layers(bce, num_instances) + sum_over_layers(dice, num_instances)
-            )
+            if weight > 0:
+                applies_G = ~(targets.has_mask_G | targets.is_pasted_G)
+                bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW)
+                output.losses["loss_pseudo_mask"] = weight * sum_over_layers([*bce, *dice], num_instances)
+        height, width = students[0].mask_logits_NHW.shape[-2:]
+        pasted_GHW = masks_on_grid(targets, targets.is_pasted_G, height, width)
+        bce, dice = known_mask_losses(students, pasted_GHW, targets.is_pasted_G)
+        output.losses["loss_paste"] = self.paste_weight * sum_over_layers([*bce, *dice], num_instances)
         return output
 
     def _pseudo_ramp(self, global_step: int) -> float:
