@@ -198,6 +198,11 @@ def test_save_gives_a_valid_folder_with_metadata_and_versions(manager):
     assert leftovers(manager) == []
 
 
+def test_metadata_may_have_numbers_as_keys(manager):
+    path = manager.save(2, write_weights(2.0), metadata={"id2label": {1: "a", 10: "b", 2: "c"}})
+    assert manager.metadata(path)["id2label"] == {"1": "a", "10": "b", "2": "c"}
+
+
 def test_steps_are_ordered_as_numbers(manager):
     for step in (999_999_99, 1_000_000_00):
         manager.save(step, write_weights(0.0), metadata={})

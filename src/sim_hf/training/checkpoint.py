@@ -106,7 +106,7 @@ class CheckpointManager:
         steps that stay for ever, such as the best. A failure on one rank fails all of them, and leaves no temporary folder.
         """
         try:
-            json.dumps(metadata, allow_nan=False)
+            metadata = json.loads(json.dumps(metadata, allow_nan=False))  # as it will be read back, keys are strings
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"metadata of step {step} must be plain JSON values: {error}") from error
         final = self.root / f"step-{step:08d}"
@@ -221,13 +221,10 @@ class CheckpointManager:
             elif kept < self.keep:
                 kept += _step_of(folder) == step or not verify(folder)
             elif _step_of(folder) not in protect:
-                # renamed first: a kill in the middle must not leave half a checkpoint under a valid name
-                doomed = self.root / f".tmp-delete-{folder.name}"
                 try:
-                    folder.rename(doomed)
+                    shutil.rmtree(folder)
                 except OSError as error:
                     logger.warning("checkpoint %s is no longer needed, but cannot be deleted: %s", folder.name, error)
-                shutil.rmtree(doomed, ignore_errors=True)
 
     def _clean_up(self) -> None:
         """Remove what a killed save left."""
