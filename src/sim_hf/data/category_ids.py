@@ -30,8 +30,9 @@ def category_ids(dataset: Dataset | IterableDataset) -> list[int]:
     stored = _stored_ids(dataset.info.description or "")
     if not stored:
         return list(range(num_labels))
-    if any(ids != stored[0] for ids in stored):
-        raise ValueError(f"data sets with different category ids were joined: {stored[0]:.80} and {stored[1]:.80}")
+    other = next((ids for ids in stored if ids != stored[0]), None)
+    if other is not None:
+        raise ValueError(f"data sets with different category ids were joined: {stored[0]!r:.80} and {other!r:.80}")
     if len(stored[0]) != num_labels:
         raise ValueError(f"the data set has {num_labels} categories, but ids of {len(stored[0])} were stored with it")
     return stored[0]

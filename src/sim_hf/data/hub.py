@@ -71,7 +71,8 @@ def load_detection_dataset(
     _check_sample(undecoded, columns, box_format, str(name_or_path))
     convert = partial(_standard_row, columns=columns, box_format=box_format)
     if isinstance(undecoded, IterableDataset):
-        result = undecoded.map(convert, with_indices=True, features=target)
+        # Given to `map`, the features would count as applied already and the images stay undecoded.
+        result = undecoded.map(convert, with_indices=True).cast(target)
     else:
         result = _with_new_columns(undecoded, convert, target, needs_size)
     if columns.category_ids is not None:
@@ -104,7 +105,11 @@ def _open(
         if split not in loaded:
             raise ValueError(f"{name}: no split {split!r}, it has {', '.join(map(repr, loaded))}")
         loaded = loaded[split]
-    return loaded.to_iterable_dataset() if streaming else loaded
+    if not streaming:
+        return loaded
+    stream = loaded.to_iterable_dataset()
+    stream.info.description = loaded.info.description  # the category ids: streaming does not carry them along by itself
+    return stream
 
 
 def _detection_columns(dataset: Dataset | IterableDataset, name: str, class_names: Sequence[str] | None) -> DetectionColumns:
