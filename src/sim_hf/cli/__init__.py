@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "COCO mask and box AP of a model on a data set",
     "predict": "instances of pictures: overlays and a COCO results file",
     "label": "turn the boxes of a COCO file into masks",
+    "scenes": "write the generated photographs as a COCO folder",
     "demo": "train on boxes only, show masks and mask AP, in minutes",
 }
 
