@@ -117,7 +117,7 @@ class RunArguments:
     lr_warmup: float = field(default=0.02, metadata={"help": "Linear warm-up of the learning rate (steps or fraction)."})
     lr_schedule: str = field(default="cosine", metadata={"help": "cosine, poly or constant, after the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16, fp16 or auto (bf16 where the processor computes in it)."})
     activation_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the decoder and encoder."})
     seed: int = field(default=0, metadata={"help": "Of weights, data order, augmentation and pasting."})
     log_every: int = field(default=20, metadata={"help": "Steps between lines of losses and diagnostics."})
@@ -202,5 +202,5 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         raise ValueError(f"--max_steps must be at least 1, got {run.max_steps}")
     if run.export not in ("teacher", "student"):
         raise ValueError(f"--export must be teacher or student, got {run.export!r}")
-    if run.mixed_precision not in ("no", "bf16", "fp16"):
-        raise ValueError(f"--mixed_precision must be no, bf16 or fp16, got {run.mixed_precision!r}")
+    if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):
+        raise ValueError(f"--mixed_precision must be no, bf16, fp16 or auto, got {run.mixed_precision!r}")

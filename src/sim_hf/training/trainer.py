@@ -30,6 +30,15 @@ from sim_hf.training.step import StepInputs
 logger = logging.getLogger(__name__)
 
 
+def precision_of(wanted: str) -> str:
+    """"auto" is bf16 on a GPU or processor with bf16 matrix units, else float32; other names stay what they are."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
+
+
 class Trainer:
     """Builds a run from its arguments and trains it. `train()` returns the final metrics."""
 
@@ -41,7 +50,7 @@ class Trainer:
         self.output_dir = Path(run.output_dir)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=run.mixed_precision,
+            mixed_precision=precision_of(run.mixed_precision),
             log_with=[name for name in run.report_to if name != "none"] or None,
             project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],

@@ -1,0 +1,216 @@
+"""The whole path once, in minutes: boxes in, masks and mask AP out, with something to look at."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sim_hf.data import load_coco, write_scenes
+from sim_hf.evaluation import format_table, write_results
+from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
+from sim_hf.evaluation.evaluate import evaluate_model
+from sim_hf.training.arguments import (
+    ArgumentGroups,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SupervisionArguments,
+)
+from sim_hf.training.periodic import draw_confident, given_boxes, save_model_folder
+from sim_hf.training.pseudo_quality import pseudo_mask_quality
+from sim_hf.training.trainer import Trainer
+from sim_hf.visualization import contact_sheet
+
+logger = logging.getLogger(__name__)
+CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "sim-tiny"
+MAX_STEPS = 600
+SHEET_ROWS = 8
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The options of `sim-hf demo`."""
+
+    data: str | None = None
+    model: str | None = None
+    from_scratch: bool = False
+    backbone_weights: str | None = None
+    compare: bool = False
+    minutes: float = 8.0
+    steps: int | None = None
+    seed: int = 0
+    output_dir: Path = Path("runs/demo")
+
+
+def run_demo(options: DemoOptions) -> dict:
+    """Prepare, train, evaluate, draw, write -> what `results.json` holds."""
+    output = options.output_dir
+    start = _start(options)
+    data = _data(options)
+    if output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
+    arguments = _arguments(options, start, data, "sim", output / "sim")
+    steps = options.steps or _steps_that_fit(arguments, options.minutes)
+    trainer = Trainer(_with_steps(arguments, steps))
+    before, _ = _evaluate(trainer)
+    print(f"before training: mask AP {_percent(before['segm/AP'])}, AP50 {_percent(before['segm/AP50'])}")
+    print(f"training {steps} steps on {len(trainer.data.train)} images, boxes only")
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    after, evaluator = _evaluate(trainer, sheet=output / "overlays.jpg")
+    record = {
+        "before": before,
+        "filled_boxes": filled_box_metrics(evaluator) if after.get("segm/AP") is not None else None,
+        "mean_fill": dict(zip(("predicted", "real"), mean_fills(evaluator), strict=True)),
+        "pseudo_masks": _pseudo_quality(trainer, options),
+        "steps": steps,
+        "training_seconds": round(seconds, 1),
+        "seed": options.seed,
+        "supervision": "sim",
+        "note": evaluator.note,
+    }
+    if options.compare:
+        record["full_supervision"] = _full_supervision(options, start, data, steps, output)
+    save_model_folder(trainer.exported, trainer.processor, output / "model")
+    write_results(output / "results.json", after, extra=record)
+    _report(after, record, output, options)
+    return {**after, **record}
+
+
+def _start(options: DemoOptions) -> ModelArguments:
+    if options.from_scratch:
+        return ModelArguments(backbone_weights=options.backbone_weights)
+    model = options.model or str(CHECKPOINT)
+    if options.model is None and not CHECKPOINT.exists():
+        raise FileNotFoundError(f"{CHECKPOINT} is missing (it comes with a clone of the project); --from-scratch starts without it")
+    return ModelArguments(model=model)
+
+
+def _data(options: DemoOptions) -> DataArguments:
+    common = {"scale_min": 0.7, "scale_max": 1.4}
+    if options.data is None:
+        folder = options.output_dir.parent / "scenes"
+        write_scenes(folder)
+        return DataArguments(data=[str(folder)], **common)
+    if Path(options.data).is_dir():
+        return DataArguments(data=[options.data], **common)
+    if "/" not in options.data or options.data.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"--data {options.data}: no such folder (and not a Hub id of the form owner/name)")
+    return DataArguments(dataset=options.data, **common)
+
+
+def _arguments(
+    options: DemoOptions, start: ModelArguments, data: DataArguments, supervision: str, output: Path
+) -> ArgumentGroups:
+    """The tiny preset's settings (scripts/configs/tiny-sim.yaml)."""
+    run = RunArguments(
+        output_dir=str(output),
+        max_steps=MAX_STEPS,
+        batch_size=8,
+        learning_rate=5e-4,
+        seed=options.seed,
+        mixed_precision="auto",
+        eval_every=0,
+        checkpoint_every=0,
+        report_to=["none"],
+        log_every=25,
+    )
+    return start, data, SupervisionArguments(supervision=supervision, pairwise_dilation=1, color_threshold=0.1), run
+
+
+def _with_steps(arguments: ArgumentGroups, steps: int) -> ArgumentGroups:
+    *others, run = arguments
+    return (*others, replace(run, max_steps=steps))
+
+
+def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
+    """Time a few full steps (teacher and pasting included) of a throw-away run, and fill the minutes."""
+    model, data, supervision, run = arguments
+    trial = Trainer((model, data, replace(supervision, pseudo_start=0), run))
+    trial.model.train()
+    trial.step.train()
+    stream = iter(trial.batches)
+    trial.optimizer_step(stream)
+    started = time.perf_counter()
+    for _ in range(4):
+        trial.optimizer_step(stream)
+    seconds = (time.perf_counter() - started) / 4
+    steps = max(20, min(run.max_steps, int(0.92 * 60 * minutes / seconds)))
+    print(f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes")
+    return steps
+
+
+def _evaluate(trainer: Trainer, sheet: Path | None = None):
+    """COCO numbers on the validation images, and the sheet of what was given and what came out."""
+    rows: list[list] = []
+
+    def keep(row, picture, result) -> None:
+        if sheet is not None and len(rows) < SHEET_ROWS:
+            names = trainer.exported.config.id2label
+            rows.append([given_boxes(picture, row, trainer.data.val), draw_confident(picture, result, names)])
+            rows[-1][1].save(sheet.parent / f"overlay-{len(rows)}.jpg", quality=92)
+
+    metrics, evaluator = evaluate_model(
+        trainer.exported, trainer.processor, trainer.data.val, trainer.data.ground_truth, on_result=keep
+    )
+    if sheet is not None:
+        contact_sheet(rows, titles=["given boxes (not used here)", "predicted masks"]).save(sheet, quality=92)
+    return metrics, evaluator
+
+
+def _pseudo_quality(trainer: Trainer, options: DemoOptions) -> dict[str, float]:
+    """Pseudo masks against the real masks of the training images, where those exist (a measurement, not supervision)."""
+    folders = trainer.data_arguments.data
+    if not folders:
+        return {}
+    folder = Path(folders[0])
+    rows = load_coco(folder / "images", folder / "instances_train.json", with_masks=True)
+    return pseudo_mask_quality(trainer.step, rows, trainer.processor)
+
+
+def _full_supervision(options: DemoOptions, start: ModelArguments, data: DataArguments, steps: int, output: Path) -> dict:
+    """The same start, data and steps with the real masks."""
+    print("\nfor comparison: the same with the real masks")
+    trainer = Trainer(_with_steps(_arguments(options, start, data, "full", output / "full"), steps))
+    trainer.train()
+    metrics, _ = _evaluate(trainer)
+    return metrics
+
+
+def _report(after: dict, record: dict, output: Path, options: DemoOptions) -> None:
+    print(f"\n{format_table(after)}")
+    before, fills, filled, pseudo = record["before"], record["mean_fill"], record["filled_boxes"], record["pseudo_masks"]
+    print(f"mask AP   before {_percent(before['segm/AP'])}, after {_percent(after['segm/AP'])}")
+    print(f"mask AP50 before {_percent(before['segm/AP50'])}, after {_percent(after['segm/AP50'])}")
+    if filled:
+        print(f"the same detections, boxes filled in: AP {_percent(filled['segm/AP'])}, AP50 {_percent(filled['segm/AP50'])}")
+    if record.get("full_supervision"):
+        full = record["full_supervision"]
+        print(f"trained with the real masks instead: AP {_percent(full['segm/AP'])}, AP50 {_percent(full['segm/AP50'])}")
+    if fills["predicted"] is not None:
+        real = "" if fills["real"] is None else f" (real masks: {fills['real']:.2f})"
+        print(f"mean fill of the masks, mask area / box area: {fills['predicted']:.2f}{real}; 1.00 would be filled boxes")
+    if pseudo:
+        print(
+            f"pseudo masks on training images: mean IoU {pseudo['pseudo_mask_iou']:.3f} with the real masks, filled boxes "
+            f"{pseudo['filled_box_iou']:.3f}; better for {100 * pseudo['share_improved']:.0f} % of {int(pseudo['instances'])}"
+        )
+    if record["note"]:
+        print(record["note"])
+    data = options.data or output.parent / "scenes"
+    print(f"\nlook at {output}/overlays.jpg; numbers in {output}/results.json. Next:")
+    print(f"  sim-hf predict {output}/model PICTURE... --output runs/predictions")
+    print(f"  sim-hf label {output}/model --annotations {data}/instances_val.json --images {data}/images --output labels.json")
+    print("  sim-hf train --config scripts/configs/tiny-sim.yaml --data YOUR_FOLDER --model assets/sim-tiny --output_dir runs/mine")
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"
