@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from transformers.utils import logging as from_transformers
+
 import sim_hf
 
 COMMANDS = {
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"sim-hf: error: unknown command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    from_transformers.disable_progress_bar()  # "Loading weights" says nothing about a small model
     # Imported late: a command loads what it needs and no more.
     module = importlib.import_module(f"sim_hf.cli.{command}")
     try:

@@ -25,14 +25,14 @@ GIT_TIMEOUT_SECONDS = 10
 def write_results(path: str | Path, metrics: Mapping[str, float | None], *, extra: Mapping[str, Any]) -> None:
     """Write `metrics` (0 to 1, None where there is nothing to measure) with command, versions, machine, git commit and time.
 
-    `extra`: more entries at the top level, such as `seed`, `note` or the model's name; JSON values only. The file appears
+    The numbers stand at the top level under their keys (`segm/AP`, ...). `extra`: more entries beside them, such as `seed`, `note` or the model's name; JSON values only. The file appears
     whole or not at all. Besides the command, as it was typed, it names no path of the machine.
     """
     for key, value in metrics.items():
         if value is not None and not math.isfinite(value):
             raise ValueError(f"metric {key!r} is {value}, expected a finite number or None")
     record: dict[str, Any] = {
-        "metrics": {key: None if value is None else float(value) for key, value in metrics.items()},
+        **{key: None if value is None else float(value) for key, value in metrics.items()},
         "seed": None,
         "command": typed_command(sys.argv, sys.orig_argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

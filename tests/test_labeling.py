@@ -1,0 +1,112 @@
+"""Labelling with a stand-in network that paints what it is asked to, so that the expected masks are known by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from factories import tiny_processor
+from sim_hf.labeling import LabelOptions, _decide, masks_for_boxes
+from sim_hf.structures import box_iou_pairwise, mask_boxes
+
+
+class DarkPixels(nn.Module):
+    """Query 0 is the dark pixels of the view, query 1 its left half, query 2 nothing; class 0 always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values, pixel_mask):
+        small = torch.nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True) * pixel_mask[:, None], 4)[:, 0]
+        dark = torch.where(small < -0.5, 9.0, -9.0)
+        left = torch.full_like(dark, -9.0)
+        left[:, :, : dark.shape[2] // 2] = 9.0
+        masks = torch.stack([dark, left, torch.full_like(dark, -9.0)], 1)
+        classes = torch.tensor([5.0, 0.0, 0.0]).expand(len(dark), 3, 3)
+        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+
+
+def picture_of(dark_box, size=(64, 64)):
+    picture = Image.new("RGB", size, (200, 200, 200))
+    picture.paste((0, 0, 0), dark_box)
+    return picture
+
+
+@pytest.mark.parametrize("options", [LabelOptions(crops=False), LabelOptions(whole=False), LabelOptions()])
+def test_the_mask_is_the_object_inside_the_box(options):
+    picture = picture_of((16, 16, 40, 48))
+    found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, torch.tensor([[16.0, 16.0, 40.0, 48.0]]), [0], options)
+    mask = found.mask(0)
+    assert mask.shape == (64, 64)
+    expected = torch.zeros(64, 64, dtype=torch.bool)
+    expected[16:48, 16:40] = True
+    assert (mask & expected).sum() / (mask | expected).sum() > 0.9  # the grid has 16 cells a side
+    assert found.confidence_n[0] > 0.85
+
+
+def test_a_small_object_is_sharper_with_crops_than_without():
+    box = (40, 40, 46, 46)
+    picture = picture_of(box, size=(256, 256))
+    boxes = torch.tensor([box], dtype=torch.float32)
+    ious = []
+    for options in (LabelOptions(crops=False), LabelOptions(whole=False)):
+        found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes, [0], options)
+        ious.append(float(box_iou_pairwise(mask_boxes(found.masks()), boxes)))
+    assert ious[1] >= ious[0]
+
+
+def test_nothing_found_fills_the_box_with_confidence_zero():
+    blank = Image.new("RGB", (64, 64), (200, 200, 200))
+
+    class Nothing(DarkPixels):
+        def forward(self, pixel_values, pixel_mask):
+            output = super().forward(pixel_values, pixel_mask)
+            output.masks_queries_logits = torch.full_like(output.masks_queries_logits, -9.0)
+            return output
+
+    found = masks_for_boxes(Nothing(), tiny_processor(), blank, torch.tensor([[10.0, 20.0, 30.0, 50.0]]))
+    assert found.mask(0).sum() == 20 * 30
+    assert found.confidence_n.tolist() == [0.0]
+
+
+def test_a_picture_without_boxes_has_no_masks():
+    found = masks_for_boxes(DarkPixels(), tiny_processor(), Image.new("RGB", (30, 20)), torch.zeros(0, 4))
+    assert found.masks().shape == (0, 20, 30)
+
+
+def test_a_one_pixel_box_and_a_box_at_the_border_have_a_mask():
+    picture = picture_of((0, 0, 64, 64))
+    boxes = torch.tensor([[63.0, 63.0, 64.0, 64.0], [0.2, 0.2, 0.8, 0.9], [50.0, 50.0, 90.0, 90.0]])
+    found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes)
+    assert [int(mask.sum()) > 0 for mask in found.masks()] == [True, True, True]
+    assert found.mask(0).nonzero().tolist() == [[63, 63]]
+
+
+def test_more_boxes_than_queries_share_queries():
+    boxes = torch.tensor([[16.0, 16.0, 40.0, 48.0]] * 5)
+    assert len(masks_for_boxes(DarkPixels(), tiny_processor(), picture_of((16, 16, 40, 48)), boxes)) == 5
+
+
+def test_the_threshold_is_the_one_whose_extent_agrees_with_the_box():
+    probability = torch.zeros(10, 10)
+    probability[2:8, 2:8] = 0.35  # the whole object, as large as the box
+    probability[4:6, 4:6] = 0.9
+    mask, _ = _decide(probability, torch.tensor([2.0, 2.0, 8.0, 8.0]), LabelOptions())
+    assert int(mask.sum()) == 36
+    mask, _ = _decide(probability, torch.tensor([2.0, 2.0, 8.0, 8.0]), LabelOptions(fit_threshold=False))
+    assert int(mask.sum()) == 4
+
+
+def test_labelling_without_any_view_is_refused():
+    with pytest.raises(ValueError, match="crops or both"):
+        masks_for_boxes(
+            DarkPixels(),
+            tiny_processor(),
+            Image.new("RGB", (9, 9)),
+            torch.zeros(0, 4),
+            None,
+            LabelOptions(crops=False, whole=False),
+        )
