@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 from transformers import ResNetConfig, SwinConfig
 
 from sim_hf.data import DetectionCollator
+from sim_hf.data.collator import denormalize
 from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.structures import InstanceTargets
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
 from sim_hf.training.step import TrainingStep
@@ -49,11 +51,16 @@ def tiny_config(backbone: str = "resnet", **overrides) -> SIMConfig:
     return SIMConfig(backbone_config=backbones[backbone](), **fields)
 
 
-def tiny_model(backbone: str = "resnet", *, seed: int = 0, **overrides) -> SIMForInstanceSegmentation:
-    """The same weights for the same seed, whatever was drawn before."""
+def tiny_model(backbone: str = "resnet", *, seed: int = 0, contrast: float = 1000.0, **overrides) -> SIMForInstanceSegmentation:
+    """The same weights for the same seed, whatever was drawn before. contrast: of the masks, which a fresh network makes
+    gray (0.5 everywhere): so gray that no pseudo mask would ever come of it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return SIMForInstanceSegmentation(tiny_config(backbone, **overrides))
+        model = SIMForInstanceSegmentation(tiny_config(backbone, **overrides))
+    with torch.no_grad():
+        layers = [m for m in model.model.transformer_module.decoder.mask_predictor.modules() if isinstance(m, torch.nn.Linear)]
+        layers[-1].weight *= contrast
+    return model
 
 
 def tiny_processor() -> SIMImageProcessor:
@@ -164,6 +171,27 @@ def make_step(model: SIMForInstanceSegmentation, supervision: str = "sim", *, ma
         RunArguments(max_steps=max_steps),
     )
     return step.train()
+
+
+def prime(step: TrainingStep) -> TrainingStep:
+    """Prototypes for every class and a filled memory bank, from drawn shapes: the state of a SIM run in its middle."""
+    batch = make_batch(6, seed=50, with_masks=True)
+    targets = InstanceTargets.from_labels(batch["labels"], (SIZE, SIZE))
+    weights = next(step.teacher.model.parameters())
+    outputs = step.teacher(
+        pixel_values=batch["pixel_values"].to(weights.device), pixel_mask=batch["pixel_mask"].to(weights.device)
+    )
+    features_BCHW = outputs.mask_features.float().cpu()
+    inside_GHW = torch.nn.functional.avg_pool2d(targets.masks_GHW.float(), SIZE // features_BCHW.shape[-1]) > 0.5
+    for image, label, inside_HW in zip(targets.image_ids_G, targets.class_labels_G, inside_GHW, strict=True):
+        pixels_MC = features_BCHW[image][:, inside_HW].T
+        step.prototype_bank.observe(pixels_MC, label.expand(len(pixels_MC)))
+    step.prototype_bank.commit()
+    images_BCHW = denormalize(batch["pixel_values"], step.image_mean, step.image_std)
+    keys = [int(label["image_id"]) for label in batch["labels"]]
+    step.memory_bank.remember(images_BCHW, targets, None, image_keys=keys)
+    step.memory_bank.commit()
+    return step
 
 
 def make_arguments(data: Path, model: Path, output_dir: Path, *, supervision: str = "boxinst", **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +26,8 @@ def check_finite(record: Mapping[str, float], inputs: Sequence[StepInputs], *, s
         return
     guilty = [name for name in bad if name.startswith("loss_")]
     if accelerator.mixed_precision == "fp16":
-        flag = torch.tensor(float(bool(guilty)), device=accelerator.device)
-        if not float(accelerator.reduce(flag, "sum")):
+        num_guilty: Any = accelerator.reduce(torch.tensor(float(len(guilty)), device=accelerator.device), "sum")
+        if not float(num_guilty):
             return
     images = [key for micro in inputs for key in micro.image_keys]
     reports = gather_object([f"rank {accelerator.process_index}: {', '.join(guilty) or 'gradient'} (images {images})"])

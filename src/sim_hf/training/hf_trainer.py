@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints, spe
 from transformers.training_args import OptimizerNames
 
 from sim_hf.evaluation.evaluate import evaluate_model
+from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.training.arguments import DataArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
 from sim_hf.training.finite import check_finite
@@ -29,6 +30,7 @@ from sim_hf.training.loaders import epoch_loader
 from sim_hf.training.optimizer import build_optimizer
 from sim_hf.training.state_files import CheckpointError, load_state, save_state
 from sim_hf.training.step import StepInputs
+from sim_hf.training.teacher import EMATeacher
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class SIMTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SIMForInstanceSegmentation,
         args: TrainingArguments,
         *,
         supervision: SupervisionArguments | None = None,
@@ -86,6 +88,8 @@ class SIMTrainer(Trainer):
             callbacks=[_StepEnd(self), *(callbacks or [])],
             **options,
         )
+        self.student = model  # the network without wrappers
+        self.train_rows = train_dataset
         self.supervision = supervision or SupervisionArguments()
         self.image_processor = image_processor
         self.augmentation = augmentation or DataArguments()
@@ -94,7 +98,7 @@ class SIMTrainer(Trainer):
         self.backbone_lr_multiplier = backbone_lr_multiplier
         self.export = export
         run = RunArguments(max_steps=self._planned_steps(), seed=args.seed)
-        self.step = build_step(self.model, image_processor, self.supervision, run).to(args.device)
+        self.step = build_step(model, image_processor, self.supervision, run).to(args.device)
         self._normalizers = None
         self._step_inputs: list[StepInputs] = []
         self._step_losses: dict[str, float] = {}
@@ -104,28 +108,33 @@ class SIMTrainer(Trainer):
     @property
     def exported(self) -> nn.Module:
         """The network that is evaluated and saved."""
-        return self.step.teacher.model if self.export == "teacher" else self.model
+        return self.teacher.model if self.export == "teacher" else self.student
+
+    @property
+    def teacher(self) -> EMATeacher:
+        assert isinstance(self.step.teacher, EMATeacher)  # build_step makes one
+        return self.step.teacher
 
     def _planned_steps(self) -> int:
         """Optimiser steps of the whole run: the schedule of the supervision is made of fractions of it."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        if self.train_dataset is None:
+        if self.train_rows is None:
             return 1
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return max(1, math.ceil(self.args.num_train_epochs * math.ceil(len(self.train_dataset) / per_step)))
+        return max(1, math.ceil(self.args.num_train_epochs * math.ceil(len(self.train_rows) / per_step)))
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
         """The stream of the Accelerate loop. Not prepared by accelerate, which would shard it a second time and cannot
         gather lists of boxes."""
-        if self.train_dataset is None:
+        if self.train_rows is None:
             raise ValueError("training needs a train_dataset")
         if self.has_own_collator:
             return super().get_train_dataloader()
         return epoch_loader(
-            self.train_dataset,
+            self.train_rows,
             self.augmentation,
             self.image_processor,
             with_masks=self.supervision.supervision == "full",
@@ -186,7 +195,7 @@ class SIMTrainer(Trainer):
         if self.accelerator.optimizer_step_was_skipped:
             self.step.after_skipped_update()
         else:
-            self.step.after_update(self.model)
+            self.step.after_update(self.student)
         for name, value in self._step_losses.items():
             self._losses_since_log[name] = self._losses_since_log.get(name, 0.0) + value
         self._steps_since_log += 1
@@ -207,7 +216,7 @@ class SIMTrainer(Trainer):
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim not in _ADAMW:
             return super().create_optimizer(model)
         self.optimizer = build_optimizer(
-            self.model if model is None else model,
+            self.student if model is None else model,
             learning_rate=self.args.learning_rate,
             backbone_lr_multiplier=self.backbone_lr_multiplier,
             weight_decay=self.args.weight_decay,
@@ -223,7 +232,7 @@ class SIMTrainer(Trainer):
     ) -> dict[str, float]:
         """COCO numbers of the exported network, each rank on its share of the images. The stock loop would gather lists of
         boxes of different lengths, which hangs."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, Mapping):
             metrics: dict[str, float] = {}
             for name, part in rows.items():
@@ -282,7 +291,7 @@ class SIMTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             if not self.args.save_only_model:
-                state = {"model": dict(self.model.state_dict()), "step": self.step.training_state()}
+                state = {"model": dict(self.student.state_dict()), "step": self.step.training_state()}
                 save_state(folder / f"checkpoint-{self.state.global_step}" / TRAINING_STATE, state)
             rotate_checkpoints(
                 output_dir=str(folder),
@@ -300,14 +309,14 @@ class SIMTrainer(Trainer):
         """Everything, strictly. The stock method matches names on disk with names in memory, which differ for Swin: half
         of the backbone would silently keep what it was."""
         state = load_state(Path(resume_from_checkpoint) / TRAINING_STATE)
-        self.model.load_state_dict(state["model"], strict=True)
+        self.student.load_state_dict(state["model"], strict=True)
         self.step.load_training_state(state["step"])
 
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, through `from_pretrained` (see `_load_from_checkpoint`), strictly."""
-        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype=torch.float32)
-        self.model.load_state_dict(best.state_dict(), strict=True)
-        self.step.teacher.model.load_state_dict(best.state_dict(), strict=True)
+        best = type(self.student).from_pretrained(self.state.best_model_checkpoint, dtype=torch.float32)
+        self.student.load_state_dict(best.state_dict(), strict=True)
+        self.teacher.model.load_state_dict(best.state_dict(), strict=True)
 
 
 class _StepEnd(TrainerCallback):

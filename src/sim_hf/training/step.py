@@ -87,8 +87,10 @@ class TrainingStep(nn.Module):
                 probability=self.paste_probability,
             )
             if pasted is not images:
-                images = pasted
-                pixel_values = normalize(images * 255, self.image_mean, self.image_std) * pixel_mask[:, None]
+                # Other pixels keep their very bits: what happens to an image must not depend on its neighbours.
+                changed_B1HW = (pasted != images).any(1, keepdim=True)
+                repainted = normalize(pasted * 255, self.image_mean, self.image_std)
+                images, pixel_values = pasted, torch.where(changed_B1HW, repainted, pixel_values)
         return StepInputs(pixel_values, pixel_mask, images, targets, image_keys)
 
     def normalizers(self, inputs: Sequence[StepInputs]) -> StepNormalizers:
