@@ -25,8 +25,9 @@ GIT_TIMEOUT_SECONDS = 10
 def write_results(path: str | Path, metrics: Mapping[str, float | None], *, extra: Mapping[str, Any]) -> None:
     """Write `metrics` (0 to 1, None where there is nothing to measure) with command, versions, machine, git commit and time.
 
-    The numbers stand at the top level under their keys (`segm/AP`, ...). `extra`: more entries beside them, such as `seed`, `note` or the model's name; JSON values only. The file appears
-    whole or not at all. Besides the command, as it was typed, it names no path of the machine.
+    The numbers stand at the top level under their keys (`segm/AP`, ...). `extra`: more entries beside them, such as `seed`,
+    `note` or the model's name; JSON values only. The file appears whole or not at all. Besides the command, as it was
+    typed, it names no path of the machine.
     """
     for key, value in metrics.items():
         if value is not None and not math.isfinite(value):
