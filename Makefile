@@ -1,0 +1,72 @@
+# Python 3.11 (or newer) and make are all that has to be there. The first target makes .venv and installs what requirements.txt
+# pins; later ones reuse it and need no network, until requirements.txt or pyproject.toml change.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# What is installed is known by the content of the two files (and by the folder, to which the package is linked).
+INSTALLED := $(VENV)/.installed-$(shell { echo "$(CURDIR)"; cat requirements.txt pyproject.toml; } | cksum | tr ' ' '-')
+
+DATA ?=
+ARGS ?=
+
+.PHONY: help install demo test e2e check format clean
+
+help:  ## What can be made
+	@echo "make TARGET [DATA=folder-or-Hub-id] [ARGS=\"more options\"]"
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):[^#]*## *(.*)/  \1\t\2/' | expand -t 12
+	@echo "for example: make demo DATA=photos ARGS=\"--compare\"     (all options: $(VENV)/bin/sim-hf demo --help)"
+
+demo: $(INSTALLED)  ## Train from boxes for some minutes, show masks and mask AP: generated scenes, or DATA=folder
+	$(PYTHON) -m sim_hf demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: $(INSTALLED)  ## The tests: offline, on the CPU
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
+
+e2e: $(INSTALLED)  ## The slow tests: the command line from end to end
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m e2e $(ARGS)
+
+check: $(INSTALLED)  ## Lint, formatting and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+format: $(INSTALLED)  ## Put imports and formatting right
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+install: $(INSTALLED)  ## Only make .venv and install (what the others do first)
+	@echo "installed in $(VENV)"
+
+clean:  ## Remove caches and build products; runs/ and .venv stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	find . \( -name .git -o -name $(VENV) -o -name runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# uv installs in a fraction of pip's time; where it cannot be had, pip does the same work.
+$(INSTALLED): | $(PYTHON)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(VENV) holds $$($(PYTHON) --version), 3.11 or newer is needed: remove it and try again" >&2; exit 1; }
+	@echo "installing the pinned packages into $(VENV) (some GB the first time) ..."
+	@if $(PYTHON) -m uv --version > /dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv; then \
+		install=("$(PYTHON)" -m uv pip install --python "$(PYTHON)"); \
+	else \
+		echo "uv could not be installed, using pip"; install=("$(PYTHON)" -m pip install --quiet); \
+	fi; \
+	"$${install[@]}" -r requirements.txt; \
+	"$${install[@]}" --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(PYTHON):
+	@for candidate in python3.11 python3 python3.13 python3.12 python; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null 2>&1; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+		echo "Python 3.11 or newer is needed, and none was found as python3.11 or python3 on the PATH" >&2; exit 1; \
+	fi; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$$found cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
