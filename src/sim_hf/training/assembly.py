@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.image_utils import SizeDict
+
 from sim_hf.criteria.build import build_criterion
 from sim_hf.data.category_ids import category_ids
 from sim_hf.data.coco import load_coco
@@ -110,7 +112,7 @@ def build_model(
         report.append(str(load_backbone_weights(network, model.backbone_weights)))
     network.config.category_ids = list(category_ids)
     if image_size is not None:
-        processor.size = {**processor.size, "longest_edge": image_size}
+        processor.size = SizeDict(longest_edge=image_size, shortest_edge=processor.size.shortest_edge)
     return network, processor, report
 
 

@@ -14,6 +14,7 @@ from sim_hf.visualization import contact_sheet, draw_instances
 
 NUM_PICTURES = 6
 PICTURE_THRESHOLD = 0.3
+PICTURE_SIDE = 400
 
 
 def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
@@ -60,13 +61,13 @@ def given_boxes(picture, row: dict, rows):
     boxes = torch.tensor(row["objects"]["bbox"]).reshape(-1, 4)
     boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], -1)
     result = {"boxes": boxes, "labels": torch.tensor(row["objects"]["category"], dtype=torch.long)}
-    return draw_instances(picture, result, names)
+    return draw_instances(picture, result, names, side=PICTURE_SIDE)
 
 
 def draw_confident(picture, result: dict, names: dict[int, str]):
     """The picture with the predictions that a person would want to see."""
     sure = result["scores"] >= PICTURE_THRESHOLD
-    return draw_instances(picture, {name: value[sure] for name, value in result.items()}, names)
+    return draw_instances(picture, {name: value[sure] for name, value in result.items()}, names, side=PICTURE_SIDE)
 
 
 def pseudo_mask_rows(trainer) -> list[list]:
@@ -92,7 +93,7 @@ def pseudo_mask_rows(trainer) -> list[list]:
             "labels": inputs.targets.class_labels_G[mine].cpu(),
         }
         shown = {**result, "masks": (probabilities > 0.5)[:, :height, :width].cpu()}
-        rows.append([draw_instances(pixels, result, names), draw_instances(pixels, shown, names)])
+        rows.append([draw_instances(pixels, drawn, names, side=PICTURE_SIDE) for drawn in (result, shown)])
     return rows
 
 
