@@ -143,12 +143,15 @@ def rasterize_boxes(boxes_G4: Tensor, height: int, width: int, stride: float) ->
     """Boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height) and columns (G, width), bool.
 
     A cell belongs to the box when its centre does (a centre on the edge goes to the even cell, so that a mirrored box has
-    the mirrored cells). A box thinner than a cell keeps the one cell nearest to its edge, so no instance vanishes.
+    the mirrored cells). A box without any centre keeps the one cell that holds its middle, so no instance vanishes.
     """
 
     def span(low_G: Tensor, high_G: Tensor, length: int) -> Tensor:
-        first_G = (low_G / stride).round().long().clamp(0, max(length - 1, 0))
-        last_G = torch.maximum((high_G / stride).round().long().clamp(max=length), first_G + 1)
+        first_G, last_G = (low_G / stride).round(), (high_G / stride).round()
+        # No centre inside: not the rounded edge, which may be the cell beside the box, but the cell of the box's middle.
+        first_G = torch.where(last_G > first_G, first_G, ((low_G + high_G) / (2 * stride)).floor())
+        first_G = first_G.long().clamp(0, max(length - 1, 0))
+        last_G = torch.maximum(last_G.long().clamp(max=length), first_G + 1)
         cells = torch.arange(length, device=boxes_G4.device)
         return (cells >= first_G[:, None]) & (cells < last_G[:, None])
 

@@ -53,7 +53,9 @@ def evaluate_model(
     shared = shared_labels(model.config.id2label, rows)
     num_labels = len(model.config.id2label)
     label_to_category = [shared.get(label, -1) for label in range(num_labels)]
-    evaluator = CocoEvaluator(coco_ground_truth(rows if ground_truth is None else ground_truth), label_to_category)
+    evaluator = CocoEvaluator(
+        coco_ground_truth(rows if ground_truth is None else ground_truth), label_to_category, only_seen=limit is not None
+    )
     stream = predict_rows(
         model,
         processor,

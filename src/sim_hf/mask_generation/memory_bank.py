@@ -8,6 +8,7 @@ Shape letters: B images, G instances of the batch, 3 channels, H and W rows and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -290,8 +291,11 @@ def _crop_upsampled(
 
 def _cells(low: float, high: float, length: int, stride: int) -> tuple[int, int]:
     """First cell and the one after the last, by the rule of `rasterize_boxes`: at least one."""
-    first = min(max(round(low / stride), 0), length - 1)
-    return first, max(min(round(high / stride), length), first + 1)
+    first, last = round(low / stride), round(high / stride)
+    if last <= first:
+        first = math.floor((low + high) / (2 * stride))
+    first = min(max(first, 0), length - 1)
+    return first, max(min(last, length), first + 1)
 
 
 def _gather_across_ranks(images: list[_BankImage]) -> list[_BankImage]:

@@ -63,6 +63,9 @@ class DataArguments:
     val_split: str | None = field(default="validation", metadata={"help": "Split of --dataset to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Stream --dataset instead of downloading it first."})
     box_format: str = field(default="xywh", metadata={"help": "What bbox holds in the COCO files: xywh (COCO) or xyxy."})
+    use_masks: bool = field(
+        default=False, metadata={"help": "Mixed supervision: use the real mask of an instance where the file has one."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Longest side of the input (default: the preset's)."})
     scale_min: float = field(default=0.5, metadata={"help": "Large-scale jitter: smallest scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest scale."})

@@ -56,8 +56,9 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         set_seed(run.seed)
+        self.with_masks = self.supervision.supervision == "full" or self.data_arguments.use_masks
         with self.accelerator.main_process_first():
-            self.data = build_data(self.data_arguments, with_masks=self.supervision.supervision == "full")
+            self.data = build_data(self.data_arguments, with_masks=self.with_masks)
         model, self.processor, report = build_model(
             self.model_arguments,
             names=self.data.names,
@@ -88,7 +89,7 @@ class Trainer:
             self.data_arguments,
             run,
             self.processor,
-            with_masks=self.supervision.supervision == "full",
+            with_masks=self.with_masks,
             accelerator=self.accelerator,
         )
         self.resumer = Resumer(self)
