@@ -90,7 +90,9 @@ def _start(options: DemoOptions) -> ModelArguments:
         return ModelArguments(backbone_weights=options.backbone_weights)
     model = options.model or str(CHECKPOINT)
     if options.model is None and not CHECKPOINT.exists():
-        raise FileNotFoundError(f"{CHECKPOINT} is missing (it comes with a clone of the project); --from-scratch starts without it")
+        raise FileNotFoundError(
+            f"{CHECKPOINT} is missing (it comes with a clone of the project); --from-scratch starts without it"
+        )
     return ModelArguments(model=model)
 
 
@@ -144,7 +146,9 @@ def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
         trial.optimizer_step(stream)
     seconds = (time.perf_counter() - started) / 4
     steps = max(20, min(run.max_steps, int(0.92 * 60 * minutes / seconds)))
-    print(f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes")
+    print(
+        f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes"
+    )
     return steps
 
 
@@ -209,7 +213,9 @@ def _report(after: dict, record: dict, output: Path, options: DemoOptions) -> No
     print(f"\nlook at {output}/overlays.jpg; numbers in {output}/results.json. Next:")
     print(f"  sim-hf predict {output}/model PICTURE... --output runs/predictions")
     print(f"  sim-hf label {output}/model --annotations {data}/instances_val.json --images {data}/images --output labels.json")
-    print("  sim-hf train --config scripts/configs/tiny-sim.yaml --data YOUR_FOLDER --model assets/sim-tiny --output_dir runs/mine")
+    print(
+        "  sim-hf train --config scripts/configs/tiny-sim.yaml --data YOUR_FOLDER --model assets/sim-tiny --output_dir runs/mine"
+    )
 
 
 def _percent(value: float | None) -> str:

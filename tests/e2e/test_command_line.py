@@ -28,7 +28,17 @@ def sim_hf(*arguments, check=True):
 
 
 def two_processes(*arguments):
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d")
+    launch = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+    )
     return call(*launch, "--rdzv-endpoint", "localhost:0", "-m", "sim_hf", *arguments)
 
 
@@ -74,7 +84,17 @@ def test_two_processes_evaluate_predict_and_label_as_one_does(world, tmp_path):
     source = ["--annotations", shapes / "instances_val.json", "--images", shapes / "images"]
     for name, run in (("one", sim_hf), ("two", two_processes)):
         run("evaluate", model, *source, "--output", tmp_path / name / "evaluation")
-        run("predict", model, shapes / "images", "--output", tmp_path / name / "predictions", "--threshold", "0", "--batch-size", 1)
+        run(
+            "predict",
+            model,
+            shapes / "images",
+            "--output",
+            tmp_path / name / "predictions",
+            "--threshold",
+            "0",
+            "--batch-size",
+            1,
+        )
         run("label", model, *source, "--output", tmp_path / name / "labels.json")
     for file in ("evaluation/detections.json", "predictions/predictions.json", "labels.json"):
         one, two = (json.loads((tmp_path / name / file).read_text()) for name in ("one", "two"))

@@ -120,7 +120,9 @@ class RunArguments:
     lr_warmup: float = field(default=0.02, metadata={"help": "Linear warm-up of the learning rate (steps or fraction)."})
     lr_schedule: str = field(default="cosine", metadata={"help": "cosine, poly or constant, after the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16, fp16 or auto (bf16 where the processor computes in it)."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "no, bf16, fp16 or auto (bf16 where the processor computes in it)."}
+    )
     activation_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the decoder and encoder."})
     seed: int = field(default=0, metadata={"help": "Of weights, data order, augmentation and pasting."})
     log_every: int = field(default=20, metadata={"help": "Steps between lines of losses and diagnostics."})

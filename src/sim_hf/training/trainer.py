@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def precision_of(wanted: str) -> str:
-    """"auto" is bf16 on a GPU or processor with bf16 matrix units, else float32; other names stay what they are."""
+    """ "auto" is bf16 on a GPU or processor with bf16 matrix units, else float32; other names stay what they are."""
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
