@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(shell { echo "$(CURDIR)"; cat requirements.txt
 DATA ?=
 ARGS ?=
 
-.PHONY: help install demo test e2e check format clean
+.PHONY: help install demo test e2e check bench format clean
 
 help:  ## What can be made
 	@echo "make TARGET [DATA=folder-or-Hub-id] [ARGS=\"more options\"]"
@@ -34,6 +34,9 @@ check: $(INSTALLED)  ## Lint, formatting and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
+
+bench: $(INSTALLED)  ## The benchmarks: minutes
+	for file in benchmarks/*.py; do echo "$$file"; $(PYTHON) "$$file"; done
 
 format: $(INSTALLED)  ## Put imports and formatting right
 	$(PYTHON) -m ruff check --fix .
