@@ -55,7 +55,7 @@ def looks_like_xyxy(boxes_A4: np.ndarray, sizes_A2: np.ndarray) -> bool:
         return False
     overshoot_A2 = boxes_A4[:, :2] + boxes_A4[:, 2:] - sizes_A2
     leaves_A = np.logical_or.reduce(overshoot_A2 > OVERSHOOT_TOLERANCE, axis=1)
-    if leaves_A.sum() < max(_MIN_LEAVING_BOXES, _MIN_LEAVING_SHARE * len(boxes_A4)):
+    if leaves_A.sum() < _MIN_LEAVING_BOXES or leaves_A.mean() <= _MIN_LEAVING_SHARE:
         return False
     if np.median((overshoot_A2 / sizes_A2).max(axis=1)[leaves_A]) < _MIN_MEDIAN_OVERSHOOT:
         return False
