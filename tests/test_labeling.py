@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.labeling import LabelOptions, _decide, masks_for_boxes
+from sim_hf.labeling import LabelOptions, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
 from sim_hf.structures import box_iou_pairwise, mask_boxes
 
 
@@ -35,7 +35,7 @@ def picture_of(dark_box, size=(64, 64)):
     return picture
 
 
-@pytest.mark.parametrize("options", [LabelOptions(crops=False), LabelOptions(whole=False), LabelOptions()])
+@pytest.mark.parametrize("options", [LabelOptions(crop_below=0.0), LabelOptions(crop_below=1.0), LabelOptions()])
 def test_the_mask_is_the_object_inside_the_box(options):
     picture = picture_of((16, 16, 40, 48))
     found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, torch.tensor([[16.0, 16.0, 40.0, 48.0]]), [0], options)
@@ -52,13 +52,13 @@ def test_a_small_object_is_sharper_with_crops_than_without():
     picture = picture_of(box, size=(256, 256))
     boxes = torch.tensor([box], dtype=torch.float32)
     ious = []
-    for options in (LabelOptions(crops=False), LabelOptions(whole=False)):
+    for options in (LabelOptions(crop_below=0.0), LabelOptions()):
         found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes, [0], options)
         ious.append(float(box_iou_pairwise(mask_boxes(found.masks()), boxes)))
     assert ious[1] >= ious[0]
 
 
-def test_nothing_found_fills_the_box_with_confidence_zero():
+def test_where_nothing_is_found_a_blob_fills_the_box_with_confidence_near_zero():
     blank = Image.new("RGB", (64, 64), (200, 200, 200))
 
     class Nothing(DarkPixels):
@@ -67,9 +67,11 @@ def test_nothing_found_fills_the_box_with_confidence_zero():
             output.masks_queries_logits = torch.full_like(output.masks_queries_logits, -9.0)
             return output
 
-    found = masks_for_boxes(Nothing(), tiny_processor(), blank, torch.tensor([[10.0, 20.0, 30.0, 50.0]]))
-    assert found.mask(0).sum() == 20 * 30
-    assert found.confidence_n.tolist() == [0.0]
+    box = torch.tensor([[10.0, 20.0, 30.0, 50.0]])
+    found = masks_for_boxes(Nothing(), tiny_processor(), blank, box)
+    assert 0.7 < found.mask(0).sum() / (20 * 30) < 0.95  # an ellipse fills 0.785 of its box
+    assert torch.equal(mask_boxes(found.masks()), box)
+    assert found.confidence_n[0] < 0.01
 
 
 def test_a_picture_without_boxes_has_no_masks():
@@ -91,22 +93,22 @@ def test_more_boxes_than_queries_share_queries():
 
 
 def test_the_threshold_is_the_one_whose_extent_agrees_with_the_box():
-    probability = torch.zeros(10, 10)
-    probability[2:8, 2:8] = 0.35  # the whole object, as large as the box
-    probability[4:6, 4:6] = 0.9
-    mask, _ = _decide(probability, torch.tensor([2.0, 2.0, 8.0, 8.0]), LabelOptions())
-    assert int(mask.sum()) == 36
-    mask, _ = _decide(probability, torch.tensor([2.0, 2.0, 8.0, 8.0]), LabelOptions(fit_threshold=False))
-    assert int(mask.sum()) == 4
+    probability = torch.zeros(6, 6)
+    probability[:, :] = 0.35  # the whole object, as large as the box
+    probability[2:4, 2:4] = 0.9
+    total = _WeightedMap((2, 2, 8, 8), probability, agreement=1.0, weight=1.0)
+    box = torch.tensor([2.0, 2.0, 8.0, 8.0])
+    assert int(_decide(total, box, LabelOptions())[0].sum()) == 36
+    assert int(_decide(total, box, LabelOptions(fit_threshold=False))[0].sum()) == 4
 
 
-def test_labelling_without_any_view_is_refused():
-    with pytest.raises(ValueError, match="crops or both"):
-        masks_for_boxes(
-            DarkPixels(),
-            tiny_processor(),
-            Image.new("RGB", (9, 9)),
-            torch.zeros(0, 4),
-            None,
-            LabelOptions(crops=False, whole=False),
-        )
+def test_queries_are_weighed_by_agreement_and_class():
+    masks = torch.zeros(3, 8, 8)
+    masks[0, 2:6, 2:6] = 1  # fits the box
+    masks[1, 2:6, 2:4] = 1  # half of it
+    classes = torch.tensor([[0.5, 0.4, 0.1]]).expand(3, 3)
+    weights, agreement = _weigh_queries(classes, masks, torch.tensor([8.0, 8.0, 24.0, 24.0]), 0, 4.0, LabelOptions(mu=2.0))
+    assert agreement.tolist() == [1.0, 0.5, 0.0]
+    assert torch.allclose(weights, 0.5 * torch.tensor([2.0, 1.0, 0.0]).exp())
+    unknown, _ = _weigh_queries(classes, masks, torch.tensor([8.0, 8.0, 24.0, 24.0]), None, 4.0, LabelOptions(mu=2.0))
+    assert torch.allclose(unknown, 0.9 * torch.tensor([2.0, 1.0, 0.0]).exp())

@@ -101,7 +101,7 @@ def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path
     model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32).to(state.device)
     processor = SIMImageProcessor.from_pretrained(job.model)
     label_of = _labels_by_category(document, model.config.id2label)
-    options = LabelOptions(crops=job.crops, batch_size=job.batch_size)
+    options = LabelOptions(batch_size=job.batch_size, **({} if job.crops else {"crop_below": 0.0}))
     bar = tqdm(mine, desc="label", unit="image", disable=not state.is_local_main_process)
     with evaluating(model), partial.open("a", encoding="utf-8") as file:
         for number, entry in enumerate(bar):

@@ -1,10 +1,11 @@
 """Boxes in, masks out: one mask for every given box of a picture.
 
-The network sees the whole picture and, box by box, an enlarged crop around each box, where even a small object is many cells
-of the mask grid. In each view the query that fits the box best gives its mask; the views are averaged, cut to the box, and
-thresholded where the mask's own extent agrees best with the box that the user gave.
+The network sees the whole picture, and an enlarged crop around each small box, where even a small object is many cells of the
+mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive mask
+weighting (SIM, Eq. 6) at inference. The weighted map is thresholded where its extent agrees best with the box. The less the
+queries agree with the box, the more a rounded blob inside it takes their place.
 
-Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid, H W pixels of the picture.
+Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or box region, H W pixels of the picture.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sim_hf.losses import box_projections, projection_cost
-from sim_hf.structures import box_iou_pairwise, mask_boxes
+from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2)  # the first wins ties
 
 
 @dataclass
 class LabelOptions:
-    """crop_margin: what is added around a box, as a share of its longer side; crops: look at each box enlarged;
-    whole: look at the whole picture too; class_weight: how much the class counts beside the fit of the box."""
+    """crop_below: boxes whose longer side is below this share of the picture's get an enlarged view as well (0: never, 1:
+    always). crop_margin: what such a view adds around the box, as a share of its longer side. mu: sharpness of the weighting.
+    class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
+    """
 
-    crops: bool = True
-    whole: bool = True
+    crop_below: float = 0.25
     crop_margin: float = 0.35
-    class_weight: float = 0.5
-    batch_size: int = 8
+    mu: float = 20.0
+    class_weight: float = 1.0
     fit_threshold: bool = True
+    batch_size: int = 8
 
 
 @dataclass
@@ -43,8 +44,7 @@ class BoxMasks:
     """The masks of a picture's boxes, each kept as the part inside its box (a large picture with many boxes stays small).
 
     crops: bool (h, w) per box; corners: (left, top) of each crop in the picture; size: (H, W). confidence_n: 0..1, mean mask
-    probability inside the mask times the agreement of its extent with the box; 0 where nothing fitted and the box itself
-    was filled in.
+    probability inside the mask times the queries' agreement with the box; near 0 where the network found nothing there.
     """
 
     crops: list[Tensor]
@@ -80,30 +80,65 @@ def masks_for_boxes(
 ) -> BoxMasks:
     """One mask per box. boxes_n4: xyxy pixels of `picture` (RGB). labels_n: the model's label of each box, None if unknown."""
     options = options or LabelOptions()
-    if not (options.crops or options.whole):
-        raise ValueError("labelling needs the whole picture, the crops or both")
-    num_boxes = len(boxes_n4)
     height, width = picture.height, picture.width
     boxes_n4 = boxes_n4.float().cpu().reshape(-1, 4)
+    num_boxes = len(boxes_n4)
     labels = [None] * num_boxes if labels_n is None else list(labels_n)
-    windows = _windows(boxes_n4, height, width, options.crop_margin) if options.crops else []
-    views = [(picture, [*range(num_boxes)], (0, 0))] if options.whole and num_boxes else []
-    views += [(picture.crop(tuple(window)), [i], tuple(window[:2])) for i, window in enumerate(windows)]
-    regions = [_pixel_region(box_4, height, width) for box_4 in boxes_n4]
-    sums = [torch.zeros(bottom - top, right - left) for left, top, right, bottom in regions]
+    views = _views(picture, boxes_n4, options)
+    sums = [_WeightedMap.empty(_pixel_region(box_4, height, width)) for box_4 in boxes_n4]
     for start in range(0, len(views), options.batch_size):
-        _add_views(model, processor, views[start : start + options.batch_size], boxes_n4, labels, options, regions, sums)
-    views_per_box = max(1, int(options.whole) + int(options.crops))
-    decided = [
-        _decide(total / views_per_box, box_4 - torch.tensor([*region[:2], *region[:2]]), options)
-        for total, box_4, region in zip(sums, boxes_n4, regions, strict=True)
-    ]
+        _add_views(model, processor, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
+    decided = [_decide(total, box_4, options) for total, box_4 in zip(sums, boxes_n4, strict=True)]
     return BoxMasks(
         crops=[crop for crop, _ in decided],
-        corners=[(left, top) for left, top, _, _ in regions],
+        corners=[total.region[:2] for total in sums],
         size=(height, width),
         confidence_n=torch.tensor([confidence for _, confidence in decided]),
     )
+
+
+@dataclass
+class _View:
+    """A picture or a crop of it, the boxes that it is for, and where it lies in the picture."""
+
+    picture: Image.Image
+    owners: list[int]
+    left: int = 0
+    top: int = 0
+
+
+@dataclass
+class _WeightedMap:
+    """Sums over queries and views for one box: weight * probability inside the box's pixels, weight * agreement, weight."""
+
+    region: tuple[int, int, int, int]
+    map_hw: Tensor
+    agreement: float = 0.0
+    weight: float = 0.0
+
+    @classmethod
+    def empty(cls, region: tuple[int, int, int, int]) -> _WeightedMap:
+        left, top, right, bottom = region
+        return cls(region, torch.zeros(bottom - top, right - left))
+
+
+def _views(picture: Image.Image, boxes_n4: Tensor, options: LabelOptions) -> list[_View]:
+    """The whole picture for all boxes, and a square crop around each small one, cut at the border of the picture."""
+    if len(boxes_n4) == 0:
+        return []
+    height, width = picture.height, picture.width
+    views = [_View(picture, list(range(len(boxes_n4))))]
+    for i, (x1, y1, x2, y2) in enumerate(boxes_n4.tolist()):
+        longer = max(x2 - x1, y2 - y1)
+        if longer >= options.crop_below * max(height, width):
+            continue
+        side = longer * (1 + 2 * options.crop_margin)
+        left, top = max(0, int((x1 + x2 - side) / 2)), max(0, int((y1 + y2 - side) / 2))
+        left, top = min(left, width - 1), min(top, height - 1)
+        right, bottom = min(width, int((x1 + x2 + side) / 2) + 1), min(height, int((y1 + y2 + side) / 2) + 1)
+        region = (left, top, max(right, left + 1), max(bottom, top + 1))
+        views.append(_View(picture.crop(region), [i], left, top))
+    return views
 
 
 def _pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
@@ -114,64 +149,63 @@ def _pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def _windows(boxes_n4: Tensor, height: int, width: int, margin: float) -> list[list[int]]:
-    """Square windows around the boxes, enlarged by the margin, cut at the border of the picture."""
-    windows = []
-    for x1, y1, x2, y2 in boxes_n4.tolist():
-        side = max(x2 - x1, y2 - y1) * (1 + 2 * margin)
-        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
-        left, top = max(0, int(center_x - side / 2)), max(0, int(center_y - side / 2))
-        right, bottom = min(width, int(center_x + side / 2) + 1), min(height, int(center_y + side / 2) + 1)
-        windows.append([left, top, max(right, left + 1), max(bottom, top + 1)])
-    return windows
-
-
-def _add_views(model, processor, views, boxes_n4, labels, options, regions, sums) -> None:
-    """Run a batch of views and add the chosen queries' probabilities inside each box to `sums`, in place."""
+def _add_views(model, processor, views: list[_View], boxes_n4: Tensor, labels, options: LabelOptions, sums) -> None:
+    """Run a batch of views and add what they say about each of their boxes to `sums`, in place."""
     device = next(model.parameters()).device
-    inputs = processor([view for view, _, _ in views], return_tensors="pt")
+    inputs = processor([view.picture for view in views], return_tensors="pt")
     outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))
-    class_logits_BQK = outputs.class_queries_logits.float().cpu()
-    mask_logits_BQhw = outputs.masks_queries_logits.float().cpu()
+    probability_BQK = outputs.class_queries_logits.float().softmax(-1).cpu()
+    mask_BQhw = outputs.masks_queries_logits.float().sigmoid().cpu()
     padded = tuple(inputs["pixel_values"].shape[-2:])
-    for row, (view, owners, (left, top)) in enumerate(views):
+    stride = padded[0] / mask_BQhw.shape[-2]
+    for row, view in enumerate(views):
         input_size = tuple(int(side) for side in inputs["input_sizes"][row])
-        scale = torch.tensor([input_size[1] / view.width, input_size[0] / view.height] * 2)
-        boxes = (boxes_n4[owners] - torch.tensor([left, top, left, top])) * scale
-        queries = _best_queries(
-            class_logits_BQK[row], mask_logits_BQhw[row], boxes, [labels[i] for i in owners], padded[0], options
-        )
-        for owner, query in zip(owners, queries, strict=True):
-            logits = functional.interpolate(mask_logits_BQhw[row, query][None, None], padded, mode="bilinear")
-            logits = logits[:, :, : input_size[0], : input_size[1]]
-            logits = functional.interpolate(logits, (view.height, view.width), mode="bilinear")[0, 0]
-            x1, y1, x2, y2 = regions[owner]
-            sums[owner] += logits[y1 - top : y2 - top, x1 - left : x2 - left].sigmoid()
+        scale_4 = torch.tensor([input_size[1] / view.picture.width, input_size[0] / view.picture.height] * 2)
+        for owner in view.owners:
+            box_4 = (boxes_n4[owner] - torch.tensor([view.left, view.top] * 2)) * scale_4
+            weight_Q, agreement_Q = _weigh_queries(probability_BQK[row], mask_BQhw[row], box_4, labels[owner], stride, options)
+            map_hw = torch.einsum("q,qhw->hw", weight_Q, mask_BQhw[row])[None, None]
+            map_hw = functional.interpolate(map_hw, padded, mode="bilinear")[:, :, : input_size[0], : input_size[1]]
+            map_hw = functional.interpolate(map_hw, (view.picture.height, view.picture.width), mode="bilinear")[0, 0]
+            total = sums[owner]
+            left, top, right, bottom = total.region
+            total.map_hw += map_hw[top - view.top : bottom - view.top, left - view.left : right - view.left]
+            total.agreement += float((weight_Q * agreement_Q).sum())
+            total.weight += float(weight_Q.sum())
 
 
-def _best_queries(class_logits_QK, mask_logits_Qhw, boxes_n4, labels, input_height: int, options: LabelOptions) -> list[int]:
-    """The query of each box: one-to-one by the fit of the projections and the class, as in training."""
-    height, width = mask_logits_Qhw.shape[-2:]
-    rows_nh, columns_nw = box_projections(boxes_n4, height, width, input_height / height)
-    cost_Qn = projection_cost(mask_logits_Qhw, rows_nh, columns_nw) / 2
-    probability_QK = class_logits_QK.softmax(-1)
-    known_Qn = torch.stack([probability_QK[:, label] if label is not None else 1 - probability_QK[:, -1] for label in labels], -1)
-    cost_Qn = cost_Qn + options.class_weight * (1 - known_Qn)
-    if cost_Qn.shape[0] < cost_Qn.shape[1]:  # more boxes than queries: a query may serve several
-        return cost_Qn.argmin(0).tolist()
-    queries, owners = linear_sum_assignment(cost_Qn.numpy())
-    return [int(q) for _, q in sorted(zip(owners, queries, strict=True))]
+def _weigh_queries(
+    probability_QK: Tensor, mask_Qhw: Tensor, box_4: Tensor, label: int | None, stride: float, options: LabelOptions
+) -> tuple[Tensor, Tensor]:
+    """exp(mu * agreement) * P(class)^class_weight of each query, and the agreement: IoU of its mask's extent in the box with
+    the box -> (Q,), (Q,)."""
+    inside_hw = box_masks(box_4[None], *mask_Qhw.shape[-2:], stride)[0]
+    extent_Q4 = mask_boxes((mask_Qhw > 0.5) & inside_hw)
+    agreement_Q = box_iou_pairwise(extent_Q4, mask_boxes(inside_hw[None]).expand(len(extent_Q4), -1))
+    known_Q = 1 - probability_QK[:, -1] if label is None else probability_QK[:, label]
+    return (options.mu * agreement_Q).exp() * known_Q.clamp(min=1e-4) ** options.class_weight, agreement_Q
 
 
-def _decide(probability_hw: Tensor, own_box_4: Tensor, options: LabelOptions) -> tuple[Tensor, float]:
-    """Threshold the probabilities inside a box (given relative to them) where the mask's extent agrees best with it."""
+def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[Tensor, float]:
+    """The mask inside a box's pixels, and its confidence: mean probability in the mask times the queries' agreement."""
+    probability_hw = total.map_hw / max(total.weight, 1e-12)
+    agreement = total.agreement / max(total.weight, 1e-12)
+    trust = agreement**2
+    blended_hw = trust * probability_hw + (1 - trust) * _blob(*probability_hw.shape)
+    own_box_4 = box_4 - torch.tensor([*total.region[:2]] * 2)
     thresholds = _THRESHOLDS if options.fit_threshold else _THRESHOLDS[:1]
-    candidates = torch.stack([probability_hw > threshold for threshold in thresholds])
-    agreement = box_iou_pairwise(mask_boxes(candidates), own_box_4.expand(len(thresholds), -1))
-    # A small preference for 0.5: the extent alone says little when all thresholds touch the box.
+    candidates = torch.stack([blended_hw > threshold for threshold in thresholds])
+    fit = box_iou_pairwise(mask_boxes(candidates), own_box_4.expand(len(thresholds), -1))
+    # A preference for 0.5: the extent alone says little when all thresholds touch the box.
     preference = torch.tensor([abs(threshold - 0.5) for threshold in thresholds])
-    best = int((agreement - 0.5 * preference).argmax())
-    mask_hw = candidates[best]
+    mask_hw = candidates[int((fit - 0.5 * preference).argmax())]
     if not bool(mask_hw.any()):
         return torch.ones_like(mask_hw), 0.0
-    return mask_hw, float(probability_hw[mask_hw].mean() * agreement[best])
+    return mask_hw, float(probability_hw[mask_hw].mean()) * agreement
+
+
+def _blob(height: int, width: int) -> Tensor:
+    """What is likely inside a box when nothing else is known: 1 at its centre, 0 in its corners -> (height, width)."""
+    y = (torch.arange(height) + 0.5) / height * 2 - 1
+    x = (torch.arange(width) + 0.5) / width * 2 - 1
+    return (1.25 - (y[:, None] ** 2 + x[None] ** 2).sqrt()).clamp(0, 1)
