@@ -29,6 +29,7 @@ from sim_hf.visualization import contact_sheet
 logger = logging.getLogger(__name__)
 CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "sim-tiny"
 MAX_STEPS = 600
+MARKER = ".sim-hf-demo"  # a folder that the next demo may replace
 SHEET_ROWS = 8
 
 
@@ -52,9 +53,7 @@ def run_demo(options: DemoOptions) -> dict:
     output = options.output_dir
     start = _start(options)
     data = _data(options)
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
+    _fresh_folder(output)
     print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
     arguments = _arguments(options, start, data, "sim", output / "sim")
     steps = options.steps or _steps_that_fit(arguments, options.minutes)
@@ -83,6 +82,16 @@ def run_demo(options: DemoOptions) -> dict:
     write_results(output / "results.json", after, extra=record)
     _report(after, record, output, options)
     return {**after, **record}
+
+
+def _fresh_folder(folder: Path) -> None:
+    """Empty the folder of an earlier demo; anything else that lies there is not ours to delete."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise ValueError(f"--output-dir {folder} holds files that no demo wrote; choose another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 def _start(options: DemoOptions) -> ModelArguments:

@@ -138,6 +138,14 @@ def test_the_demo_runs_and_says_what_comes_next(world, tmp_path):
     assert "sim-hf label" in done.stdout and "mean fill" in done.stdout
 
 
+def test_the_demo_deletes_nothing_that_it_did_not_write(world, tmp_path):
+    model, shapes = world
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = sim_hf("demo", "--data", shapes, "--model", model, "--steps", 2, "--output-dir", tmp_path, check=False)
+    assert done.returncode == 2 and "choose another folder" in done.stderr
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_trackers_write_their_logs_offline(world, tmp_path):
     output = tmp_path / "run"
     sim_hf(*train_options(world, output, "--report_to", "tensorboard", "trackio"))
