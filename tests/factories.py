@@ -212,6 +212,7 @@ def make_arguments(data: Path, model: Path, output_dir: Path, *, supervision: st
         "scale_min": 0.9,
         "scale_max": 1.1,
         "report_to": ["none"],
+        "mixed_precision": "no",  # "auto" depends on the machine
         **options,
     }
     groups = []

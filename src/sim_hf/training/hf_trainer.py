@@ -44,7 +44,7 @@ class SIMTrainer(Trainer):
     train_dataset, eval_dataset: rows in the detection convention (`load_coco`, `load_detection_dataset`); transform and
     collator are made here. With a `data_collator` of your own, `train_dataset` must give what it takes, and it the batch of
     docs/architecture.md (and `args.remove_unused_columns` must be False). augmentation: the fields of `DataArguments` about
-    scale, flip and colour. eval_ground_truth: a COCO file to measure against (default: the rows' own objects).
+    scale, flip, colour and `use_masks`. eval_ground_truth: a COCO file to measure against (default: the rows' own objects).
     export: which weights are evaluated and saved as the model, "teacher" (EMA) or "student".
 
     A checkpoint folder holds the exported weights, ready for `from_pretrained`, and in `training_state.*` the student and
@@ -137,7 +137,7 @@ class SIMTrainer(Trainer):
             self.train_rows,
             self.augmentation,
             self.image_processor,
-            with_masks=self.supervision.supervision == "full",
+            with_masks=self.supervision.supervision == "full" or self.augmentation.use_masks,
             batch_size=self.args.train_batch_size,
             num_micro=self.args.gradient_accumulation_steps,
             seed=self.args.seed,

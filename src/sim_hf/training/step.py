@@ -135,6 +135,7 @@ class TrainingStep(nn.Module):
     def after_update(self, student: nn.Module) -> None:
         """Once per optimiser step, on every rank, with the unwrapped student."""
         self.global_step += 1
+        average_batch_statistics(student)
         if self.teacher is not None:
             self.teacher.tick(student)
         bank = self.prototype_bank
@@ -175,3 +176,25 @@ class TrainingStep(nn.Module):
                 raise ValueError(f"checkpoint and run disagree about the {name}: one has it, the other has not")
             if owner is not None:
                 owner.load_state_dict(state[name])
+
+
+@torch.no_grad()
+def average_batch_statistics(model: nn.Module) -> None:
+    """The mean over ranks of the running statistics that each rank has moved by its own images: or teachers would drift
+    apart, and a checkpoint, which the first rank writes, would not be the state of the others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    moving = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training  # frozen ones are in evaluation mode
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not moving:
+        return
+    joined = torch.cat([buffer.flatten() for buffer in moving])
+    torch.distributed.all_reduce(joined)
+    joined /= torch.distributed.get_world_size()
+    for buffer, mean in zip(moving, joined.split([buffer.numel() for buffer in moving]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
