@@ -122,8 +122,8 @@ def main() -> None:
             result = measure(folder, with_masks=with_masks)
             peak, imports = result["peak_kib"] / 2**20, result["import_kib"] / 2**20
             print(
-                f"{title:<22} {result['load_s']:6.2f} s ({result['cpu_s']:.2f} s of CPU), {result['rows']} rows; peak {peak:.2f} GiB, "
-                f"of which {imports:.2f} GiB and another {result['import_s']:.1f} s are imports",
+                f"{title:<22} {result['load_s']:6.2f} s ({result['cpu_s']:.2f} s of CPU), {result['rows']} rows; "
+                f"peak {peak:.2f} GiB, of which {imports:.2f} GiB and another {result['import_s']:.1f} s are imports",
                 flush=True,
             )
 
