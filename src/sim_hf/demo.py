@@ -14,6 +14,7 @@ from sim_hf.data import load_coco, write_scenes
 from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
+from sim_hf.evaluation.prediction import names_of
 from sim_hf.training.arguments import (
     ArgumentGroups,
     DataArguments,
@@ -106,16 +107,16 @@ def _start(options: DemoOptions) -> ModelArguments:
 
 
 def _data(options: DemoOptions) -> DataArguments:
-    common = {"scale_min": 0.7, "scale_max": 1.4}
+    arguments = DataArguments(scale_min=0.7, scale_max=1.4)
     if options.data is None:
         folder = options.output_dir.parent / "scenes"
         write_scenes(folder)
-        return DataArguments(data=[str(folder)], **common)
+        return replace(arguments, data=[str(folder)])
     if Path(options.data).is_dir():
-        return DataArguments(data=[options.data], **common)
+        return replace(arguments, data=[options.data])
     if "/" not in options.data or options.data.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--data {options.data}: no such folder (and not a Hub id of the form owner/name)")
-    return DataArguments(dataset=options.data, **common)
+    return replace(arguments, dataset=options.data)
 
 
 def _arguments(
@@ -138,8 +139,8 @@ def _arguments(
 
 
 def _with_steps(arguments: ArgumentGroups, steps: int) -> ArgumentGroups:
-    *others, run = arguments
-    return (*others, replace(run, max_steps=steps))
+    model, data, supervision, run = arguments
+    return model, data, supervision, replace(run, max_steps=steps)
 
 
 def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
@@ -167,7 +168,7 @@ def _evaluate(trainer: Trainer, sheet: Path | None = None):
 
     def keep(row, picture, result) -> None:
         if sheet is not None and len(rows) < SHEET_ROWS:
-            names = trainer.exported.config.id2label
+            names = names_of(trainer.exported)
             rows.append([given_boxes(picture, row, trainer.data.val), draw_confident(picture, result, names)])
             rows[-1][1].save(sheet.parent / f"overlay-{len(rows)}.jpg", quality=92)
 

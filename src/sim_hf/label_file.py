@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from sim_hf.data import AnnotationError, decode_segmentation, encode_rle, read_image, validate_coco, write_coco
 from sim_hf.data.polygons import mask_polygons
-from sim_hf.evaluation.prediction import evaluating
+from sim_hf.evaluation.prediction import evaluating, names_of
 from sim_hf.labeling import LabelOptions, masks_for_boxes
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.visualization import draw_instances
@@ -43,7 +43,7 @@ class LabelJob:
     polygons: bool = False
     keep_masks: bool = False
     restart: bool = False
-    crops: bool = True
+    crop_below: float = 0.0
     box_format: str = "xywh"
     batch_size: int = 8
     pictures: Path | None = None
@@ -98,10 +98,12 @@ def _work_list(document: dict, job: LabelJob) -> list[dict]:
 
 
 def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path, identity: str, state: PartialState) -> None:
-    model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32).to(state.device)
+    model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32)
+    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
     processor = SIMImageProcessor.from_pretrained(job.model)
-    label_of = _labels_by_category(document, model.config.id2label)
-    options = LabelOptions(batch_size=job.batch_size, **({} if job.crops else {"crop_below": 0.0}))
+    names = names_of(model)
+    label_of = _labels_by_category(document, names)
+    options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below)
     bar = tqdm(mine, desc="label", unit="image", disable=not state.is_local_main_process)
     with evaluating(model), partial.open("a", encoding="utf-8") as file:
         for number, entry in enumerate(bar):
@@ -121,7 +123,7 @@ def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path
             file.write(json.dumps(record) + "\n")
             file.flush()
             if job.pictures is not None and number < NUM_PICTURES:
-                _draw(job.pictures, image, picture, boxes_n4, labels, found.masks(), model.config.id2label)
+                _draw(job.pictures, image, picture, boxes_n4, labels, found.masks(), names)
 
 
 def _labels_by_category(document: dict, id2label: dict[int, str]) -> dict[int, int]:
@@ -144,7 +146,7 @@ def _draw(folder: Path, image: dict, picture, boxes_n4, labels, masks_nHW, id2la
 def _identity(job: LabelJob) -> str:
     """What the partial results depend on: another file, model or option must not go on with them."""
     content = hashlib.sha256(job.annotations.read_bytes()).hexdigest()
-    return hashlib.sha256(f"{content} {job.model} {job.crops} {job.keep_masks} {job.box_format}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{content} {job.model} {job.crop_below} {job.keep_masks} {job.box_format}".encode()).hexdigest()[:16]
 
 
 def _partials(output: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Boxes in, masks out: one mask for every given box of a picture.
 
-The network sees the whole picture, and an enlarged crop around each small box, where even a small object is many cells of the
-mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive mask
+The network sees the whole picture and, on request, an enlarged crop around each small box, where even a small object is many
+cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive mask
 weighting (SIM, Eq. 6) at inference. The weighted map is thresholded where its extent agrees best with the box. The less the
 queries agree with the box, the more a rounded blob inside it takes their place.
 
@@ -31,7 +31,7 @@ class LabelOptions:
     class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
     """
 
-    crop_below: float = 0.25
+    crop_below: float = 0.0
     crop_margin: float = 0.35
     mu: float = 20.0
     class_weight: float = 1.0
@@ -179,7 +179,8 @@ def _weigh_queries(
 ) -> tuple[Tensor, Tensor]:
     """exp(mu * agreement) * P(class)^class_weight of each query, and the agreement: IoU of its mask's extent in the box with
     the box -> (Q,), (Q,)."""
-    inside_hw = box_masks(box_4[None], *mask_Qhw.shape[-2:], stride)[0]
+    height, width = mask_Qhw.shape[-2:]
+    inside_hw = box_masks(box_4[None], height, width, stride)[0]
     extent_Q4 = mask_boxes((mask_Qhw > 0.5) & inside_hw)
     agreement_Q = box_iou_pairwise(extent_Q4, mask_boxes(inside_hw[None]).expand(len(extent_Q4), -1))
     known_Q = 1 - probability_QK[:, -1] if label is None else probability_QK[:, label]

@@ -70,7 +70,7 @@ class InstanceTargets:
         device = labels[0]["boxes"].device if labels else torch.device("cpu")
         boxes = [label["boxes"].reshape(-1, 4).float() for label in labels]
         image_ids = [torch.full((len(b),), i, dtype=torch.long, device=device) for i, b in enumerate(boxes)]
-        masks, has_mask = None, None
+        masks, has_mask = None, torch.zeros(sum(len(b) for b in boxes), dtype=torch.bool, device=device)
         if any("masks" in label for label in labels):
             height, width = input_size
             rows, flags = [], []

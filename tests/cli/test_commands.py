@@ -59,7 +59,7 @@ def test_label_gives_every_box_a_mask_and_keeps_the_rest(world, tmp_path, capsys
 
 def test_label_writes_polygons_on_request(world, tmp_path):
     output = tmp_path / "masks.json"
-    assert run_label(world, output, "--polygons", "--no-crops") == 0
+    assert run_label(world, output, "--polygons", "--crop-below", "1") == 0
     assert all(isinstance(a["segmentation"], list) for a in json.loads(output.read_text())["annotations"])
 
 

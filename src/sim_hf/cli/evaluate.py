@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     state = PartialState()
     rows = load_coco(options.images, options.annotations, box_format=options.box_format)
-    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32).to(state.device)
+    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
+    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
     metrics, evaluator = evaluate_model(
         model,
         SIMImageProcessor.from_pretrained(options.model),

@@ -20,7 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--restart", action="store_true", help="forget what an interrupted call has done (default: go on with it)"
     )
-    parser.add_argument("--no-crops", action="store_true", help="look at whole images only: faster, coarser on small objects")
+    parser.add_argument(
+        "--crop-below",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="look at boxes enlarged whose longer side is below this share of the picture's (0: never, 1: always)",
+    )
     parser.add_argument("--box-format", choices=("xywh", "xyxy"), default="xywh", help="what bbox holds in the file")
     parser.add_argument("--batch-size", type=int, default=8, help="images and crops per forward pass")
     parser.add_argument("--pictures", type=Path, help="folder for overlays of the first images")
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         polygons=options.polygons,
         keep_masks=options.keep_masks,
         restart=options.restart,
-        crops=not options.no_crops,
+        crop_below=options.crop_below,
         box_format=options.box_format,
         batch_size=options.batch_size,
         pictures=options.pictures,

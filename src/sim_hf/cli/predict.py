@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sim_hf.data import ImageError, read_image
 from sim_hf.evaluation import to_coco_results
-from sim_hf.evaluation.prediction import evaluating, predict_images
+from sim_hf.evaluation.prediction import evaluating, names_of, predict_images
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.visualization import draw_instances
 
@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     pictures = list(_pictures(options.images))
     state = PartialState()
-    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32).to(state.device)
+    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
+    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
     processor = SIMImageProcessor.from_pretrained(options.model)
-    names = model.config.id2label
+    names = names_of(model)
     category_ids = model.config.category_ids or list(range(len(names)))
     overlays = _overlay_names(pictures)
     found: list[tuple[int, list[dict]]] = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.criteria.fully_supervised import FullySupervisedCriterion
 from sim_hf.criteria.set_criterion import SetCriterion
@@ -47,10 +45,10 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
 
 MASK_CRITERIA: dict[str, Callable[..., Any]] = {"full": build_full, "boxinst": build_boxinst, "sim": build_sim}
 
-DETECTION_CRITERIA: dict[str, type[nn.Module]] = {"sim": SetCriterion}  # by the model_type of the architecture
+DETECTION_CRITERIA: dict[str, type[SetCriterion]] = {"sim": SetCriterion}  # by the model_type of the architecture
 
 
-def build_criterion(supervision, model_config, *, steps: Callable[[float], int]) -> nn.Module:
+def build_criterion(supervision, model_config, *, steps: Callable[[float], int]) -> SetCriterion:
     """Detection side of the architecture + mask side of the supervision.
 
     supervision: `SupervisionArguments` (or anything with its fields). model_config: gives model_type, num_labels,

@@ -26,14 +26,14 @@ def _edges(padded: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
     inside = padded[1:-1, 1:-1]
     following: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
-    def add(rows: np.ndarray, columns: np.ndarray, start: tuple[int, int], end: tuple[int, int]) -> None:
-        for y, x in zip(rows.tolist(), columns.tolist(), strict=True):
+    def add(cells: np.ndarray, start: tuple[int, int], end: tuple[int, int]) -> None:
+        for y, x in np.argwhere(cells).tolist():
             following.setdefault((y + start[0], x + start[1]), []).append((y + end[0], x + end[1]))
 
-    add(*np.nonzero(inside & ~padded[:-2, 1:-1]), (0, 0), (0, 1))  # top edge, to the right
-    add(*np.nonzero(inside & ~padded[1:-1, 2:]), (0, 1), (1, 1))  # right edge, down
-    add(*np.nonzero(inside & ~padded[2:, 1:-1]), (1, 1), (1, 0))  # bottom edge, to the left
-    add(*np.nonzero(inside & ~padded[1:-1, :-2]), (1, 0), (0, 0))  # left edge, up
+    add(inside & ~padded[:-2, 1:-1], (0, 0), (0, 1))  # top edge, to the right
+    add(inside & ~padded[1:-1, 2:], (0, 1), (1, 1))  # right edge, down
+    add(inside & ~padded[2:, 1:-1], (1, 1), (1, 0))  # bottom edge, to the left
+    add(inside & ~padded[1:-1, :-2], (1, 0), (0, 0))  # left edge, up
     return following
 
 

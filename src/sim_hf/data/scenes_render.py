@@ -12,7 +12,23 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from .scenes_shapes import BODIES, CLASS_NAMES, CLUTTER, Bones, FloatArray, Relief, bounds, pose, relief, tuft, twig
+from .scenes_shapes import (
+    AX,
+    AY,
+    BODIES,
+    BX,
+    BY,
+    CLASS_NAMES,
+    CLUTTER,
+    Bones,
+    FloatArray,
+    Relief,
+    bounds,
+    pose,
+    relief,
+    tuft,
+    twig,
+)
 from .scenes_textures import (
     ALL_COATS,
     CLASS_COATS,
@@ -31,9 +47,12 @@ from .scenes_textures import (
 )
 
 MIN_VISIBLE_PIXELS = 40
-MIN_CONTRAST = 0.24  # between the mean colours of a body and of what surrounds it, in the channel where they differ most
-SIZE_RANGE = (0.12, 0.7)  # longer side of a body, as a fraction of the longer side of the picture
-ASPECT_RATIOS = (1.0, 0.8, 0.75, 0.75, 0.667, 0.5625)
+MIN_CONTRAST = 0.28  # between the mean colours of a body and of what surrounds it, in the channel where they differ most
+MIN_VISIBLE_SHARE = 0.5  # of a body when bodies are placed; clutter in front may hide a little more
+SIZE_RANGE = (0.3, 0.8)  # longer side of a body, as a fraction of the longer side of the picture
+ASPECT_RATIOS = (1.0, 1.0, 0.8, 0.75, 0.75, 0.667)
+PLACING_TRIES = 6
+PLACING_CELL = 8  # the sides of the cells, in pixels of a picture of 256, on which visible shares are estimated
 UPRIGHT_CLASS = CLASS_NAMES.index("jellyfish")
 
 
@@ -53,7 +72,7 @@ class Scene:
 
 
 @dataclass
-class _Item:
+class Item:
     """A posed body waiting to be painted; `class_label` is None for clutter."""
 
     bones: Bones
@@ -73,8 +92,8 @@ class _Light:
 def render_scene(seed: int | Sequence[int], *, size: int = 256, num_objects: int | None = None, difficulty: float = 1.0) -> Scene:
     """A scene that depends on its arguments only, on every machine.
 
-    size: the longer side; the aspect ratio varies. num_objects: how many are placed (None: 1 to 5); those that end up
-    hidden are not in the result. difficulty: 0 (plain ground, sharp, nothing in the way) to 1.
+    size: the longer side; the aspect ratio varies. num_objects: how many are tried (None: 1 to 3); one that would hide
+    another or find no room is left out. difficulty: 0 (plain ground, sharp, nothing in the way) to 1.
     """
     if size < 32:
         raise ValueError(f"size must be at least 32 pixels, got {size}")
@@ -131,9 +150,9 @@ def _ground(rng: Generator, height: int, width: int, difficulty: float) -> tuple
         return plain, colors
     textured = paint_ground(rng, main, colors, height, width)
     layout, edge = rng.random(), fractal_noise(rng, height, width, 3, 3)
-    if layout < 0.55:
+    if layout < 0.4:
         second = paint_ground(rng, other, ground_colors(rng, other), height, width)
-        if layout < 0.3:  # a horizon, at times a steep one
+        if layout < 0.25:  # a horizon, at times a steep one
             slope, level = rng.normal(0, 0.15), rng.uniform(0.15, 0.6)
             ramp = np.linspace(0, 1, height)[:, None] + slope * np.linspace(-0.5, 0.5, width)[None, :]
             field = (level - ramp).astype(np.float32) + (edge - np.float32(0.5)) * np.float32(rng.uniform(0.05, 0.3))
@@ -146,25 +165,49 @@ def _ground(rng: Generator, height: int, width: int, difficulty: float) -> tuple
     return plain + (textured - plain) * np.float32(difficulty), colors
 
 
-def _place_bodies(rng: Generator, height: int, width: int, num_objects: int | None, difficulty: float) -> list[_Item]:
+def _place_bodies(rng: Generator, height: int, width: int, num_objects: int | None, difficulty: float) -> list[Item]:
     """Bodies of random classes; some are set on top of an earlier one, mostly of its own class."""
     side = max(height, width)
-    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.26, 0.3, 0.22, 0.13, 0.09])) if num_objects is None else num_objects
-    largest = SIZE_RANGE[1] * min(1.0, 1.6 / max(count, 1) ** 0.6)
-    items: list[_Item] = []
+    count = int(rng.choice([1, 2, 3], p=[0.4, 0.38, 0.22])) if num_objects is None else num_objects
+    largest = SIZE_RANGE[1] * min(1.0, 1.45 / max(count, 1) ** 0.6)
+    items: list[Item] = []
     for _ in range(count):
-        class_label, extent = int(rng.integers(len(BODIES))), side * rng.uniform(0.15, largest)
-        neighbor = items[int(rng.integers(len(items)))] if items and rng.random() < 0.35 * difficulty else None
+        class_label, extent = int(rng.integers(len(BODIES))), side * rng.uniform(0.36, largest)
+        neighbor = items[int(rng.integers(len(items)))] if items and rng.random() < 0.5 * difficulty else None
         if neighbor is not None:
             extent = 0.5 * (extent + _extent(neighbor.bones))
-            if neighbor.class_label is not None and rng.random() < 0.7:
+            if neighbor.class_label is not None and rng.random() < 0.75:
                 class_label = neighbor.class_label
         extent = min(max(extent, SIZE_RANGE[0] * side), SIZE_RANGE[1] * side)
-        center = _choose_center(rng, height, width, extent, items, neighbor)
-        turn = rng.normal(0, 0.5) if class_label == UPRIGHT_CLASS else 2 * np.pi * rng.random()
-        bones = pose(BODIES[class_label](rng), rng, extent=float(extent), center=center, angle=float(turn))
-        items.append(_Item(bones, 0.5 * rng.random() + 0.5 * extent / side, class_label))
+        for _ in range(PLACING_TRIES):
+            center = _choose_center(rng, height, width, extent, items, neighbor)
+            turn = rng.normal(0, 0.5) if class_label == UPRIGHT_CLASS else 2 * np.pi * rng.random()
+            bones = pose(BODIES[class_label](rng), rng, extent=float(extent), center=center, angle=float(turn))
+            item = Item(bones, 0.5 * rng.random() + 0.5 * extent / side, class_label)
+            if min(visible_shares([*items, item], height, width)) >= MIN_VISIBLE_SHARE:
+                items.append(item)
+                break
     return items
+
+
+def visible_shares(items: list[Item], height: int, width: int) -> list[float]:
+    """How much of each body lies inside the picture with no other body in front, estimated on coarse cells."""
+    cell = max(height, width) / 256 * PLACING_CELL
+    rows, columns = round(height / cell), round(width / cell)
+    taken = np.ones((3 * rows, 3 * columns), np.bool_)  # the picture lies in the middle, so that what it cuts off counts
+    taken[rows : 2 * rows, columns : 2 * columns] = False
+    shares = [0.0] * len(items)
+    for index in sorted(range(len(items)), key=lambda index: -items[index].depth):
+        bones = items[index].bones / cell
+        bones[:, [AX, BX]] += columns
+        bones[:, [AY, BY]] += rows
+        body = relief(bones, 3 * rows, 3 * columns)
+        if body is None:
+            continue
+        covered = body.coverage > np.float32(0.5)
+        shares[index] = float((covered & ~taken[body.window]).sum() / max(int(covered.sum()), 1))
+        taken[body.window] |= covered
+    return shares
 
 
 def _extent(bones: Bones) -> float:
@@ -173,12 +216,12 @@ def _extent(bones: Bones) -> float:
 
 
 def _choose_center(
-    rng: Generator, height: int, width: int, extent: float, items: list[_Item], neighbor: _Item | None
+    rng: Generator, height: int, width: int, extent: float, items: list[Item], neighbor: Item | None
 ) -> tuple[float, float]:
     """Beside or on the neighbour; otherwise the freest of a few random places, mostly inside the picture."""
     if neighbor is not None:
         left, top, right, bottom = bounds(neighbor.bones)
-        angle, reach = 2 * np.pi * rng.random(), rng.uniform(0.25, 0.5) * (0.5 * extent + 0.5 * _extent(neighbor.bones))
+        angle, reach = 2 * np.pi * rng.random(), rng.uniform(0.3, 0.55) * (0.5 * extent + 0.5 * _extent(neighbor.bones))
         x, y = 0.5 * (left + right) + reach * np.cos(angle), 0.5 * (top + bottom) + reach * np.sin(angle)
         return float(min(max(x, 0.1 * width), 0.9 * width)), float(min(max(y, 0.1 * height), 0.9 * height))
     inset = extent * (0.5 if rng.random() < 0.75 else 0.15)
@@ -196,20 +239,20 @@ def _choose_center(
     return best
 
 
-def _place_clutter(rng: Generator, height: int, width: int, difficulty: float) -> list[_Item]:
+def _place_clutter(rng: Generator, height: int, width: int, difficulty: float) -> list[Item]:
     side, items = max(height, width), []
-    for _ in range(round(float(rng.integers(2, 11)) * difficulty)):
+    for _ in range(round(float(rng.integers(0, 3)) * difficulty)):
         kind = CLUTTER[int(rng.integers(len(CLUTTER)))]
         center = (rng.uniform(0, width), rng.uniform(0, height))
         turn = rng.normal(0, 0.15) if kind is tuft else 2 * np.pi * rng.random()
-        bones = pose(kind(rng), rng, extent=side * rng.uniform(0.06, 0.28), center=center, angle=float(turn))
+        bones = pose(kind(rng), rng, extent=side * rng.uniform(0.06, 0.2), center=center, angle=float(turn))
         in_front = kind in (tuft, twig) and rng.random() < 0.4
-        items.append(_Item(bones, 2.0 if in_front else rng.uniform(-0.5, 0.15), None))
+        items.append(Item(bones, 2.0 if in_front else rng.uniform(-0.5, 0.15), None))
     return items
 
 
 def _paint(
-    rng: Generator, canvas: FloatArray, palette: tuple[FloatArray, ...], items: list[_Item], light: _Light, difficulty: float
+    rng: Generator, canvas: FloatArray, palette: tuple[FloatArray, ...], items: list[Item], light: _Light, difficulty: float
 ) -> tuple[FloatArray, NDArray[np.bool_], NDArray[np.int64]]:
     """Paint items from back to front. A pixel belongs to the body that gives more than half of its light."""
     height, width, _ = canvas.shape
@@ -238,7 +281,7 @@ def _paint(
     return canvas, share > np.float32(0.5), np.asarray(class_labels, dtype=np.int64)
 
 
-def _dress(rng: Generator, item: _Item, body: Relief, palette: tuple[FloatArray, ...], difficulty: float) -> FloatArray:
+def _dress(rng: Generator, item: Item, body: Relief, palette: tuple[FloatArray, ...], difficulty: float) -> FloatArray:
     """The coat of an item, before light falls on it -> (H, W, 3)."""
     if item.class_label is None:
         colors = palette if rng.random() < 0.5 else coat_colors(rng, rng.random(), None)
@@ -246,7 +289,7 @@ def _dress(rng: Generator, item: _Item, body: Relief, palette: tuple[FloatArray,
         return coat(rng, kind, (colors[0] * np.float32(rng.uniform(0.7, 1.3)), colors[1], colors[2]), body)
     own_hue = rng.normal(CLASS_HUES[item.class_label], HUE_SPREAD)
     hue = own_hue if rng.random() > 0.35 else rng.random()
-    camouflage = palette if rng.random() < 0.25 * difficulty else None
+    camouflage = palette if rng.random() < 0.12 * difficulty else None
     kinds = CLASS_COATS[item.class_label] if rng.random() < 0.67 else ALL_COATS
     return coat(rng, kinds[int(rng.integers(len(kinds)))], coat_colors(rng, hue, camouflage), body)
 

@@ -67,15 +67,15 @@ def _directions(angles: NDArray) -> NDArray:
 
 
 def starfish(rng: Generator) -> Bones:
-    num_arms = int(rng.choice([5, 5, 5, 6, 7, 8]))
-    thickness, curl = rng.uniform(0.21, 0.32), rng.normal(0, 0.35)
+    num_arms = int(rng.choice([5, 5, 5, 6, 7]))
+    thickness, curl = rng.uniform(0.27, 0.35), rng.normal(0, 0.35)
     angles = TURN * (np.arange(num_arms) + rng.uniform(-0.17, 0.17, num_arms)) / num_arms
     t = np.linspace(0.06, 1, 7)
     bones = []
     for angle in angles:
         wave = rng.uniform(0.05, 0.3) * np.sin(TURN * (t * rng.uniform(0.5, 1.0) + rng.random())) * t
         arm = _directions(angle + (curl + rng.normal(0, 0.15)) * t * t + wave) * (t * rng.uniform(0.75, 1.1))[:, None]
-        bones.append(chain(arm, thickness * (1.05 - 0.8 * t)))
+        bones.append(chain(arm, thickness * (1.05 - 0.65 * t)))
     heart = chain(np.array([[-0.02, 0.0], [0.02, 0.0]]), np.full(2, thickness * 1.25), along=(0, 0.05))
     return np.concatenate([*bones, heart])
 
@@ -85,10 +85,10 @@ def _gecko_leg(rng: Generator, hip: NDArray, heading: float, side: int, fore: fl
     knee = hip + _directions(np.array([angle]))[0] * rng.uniform(0.17, 0.23)
     bend = angle + side * rng.uniform(0.2, 1.2) * fore
     foot = knee + _directions(np.array([bend]))[0] * rng.uniform(0.14, 0.22)
-    parts = [chain(np.stack([hip, knee, foot]), thickness * np.array([1.2, 0.9, 0.6]), part=LIMB, lift=-0.03)]
-    for spread in (-0.8, -0.27, 0.27, 0.8):
-        toe = foot + _directions(np.array([bend - 0.4 * side * fore + spread]))[0] * 0.09
-        parts.append(chain(np.stack([foot, toe]), thickness * np.array([0.38, 0.3]), part=LIMB, lift=-0.03))
+    parts = [chain(np.stack([hip, knee, foot]), thickness * np.array([1.3, 1.0, 0.9]), part=LIMB, lift=-0.03)]
+    for spread in (-0.6, 0.6):  # a paw with two broad lobes: single toes would be thinner than a cell of a mask grid
+        toe = foot + _directions(np.array([bend - 0.4 * side * fore + spread]))[0] * 0.08
+        parts.append(chain(np.stack([foot, toe]), thickness * np.array([1.0, 0.9]), part=LIMB, lift=-0.03))
     return np.concatenate(parts)
 
 
@@ -98,8 +98,8 @@ def gecko(rng: Generator) -> Bones:
     heading = amplitude * np.sin(TURN * (frequency * s + phase)) + rng.normal(0, 1.6) * np.maximum(s - 0.55, 0)
     spine = np.cumsum(_directions(heading), axis=0) * (2.0 / len(s))
     knots = [0, 0.04, 0.11, 0.18, 0.25, 0.38, 0.5, 0.6, 1]
-    fatness = rng.uniform(1.1, 1.6)
-    radii = fatness * np.interp(s, knots, [0.05, 0.1, 0.125, 0.09, 0.12, 0.14, 0.115, 0.07, 0.018])
+    fatness = rng.uniform(1.4, 1.8)
+    radii = fatness * np.interp(s, knots, [0.05, 0.1, 0.125, 0.09, 0.12, 0.14, 0.12, 0.09, 0.05])
     bones = [chain(spine, radii, lift=0.02)]
     for index, fore in ((5, -1.0), (9, 1.0)):
         for side in (-1, 1):
@@ -116,8 +116,8 @@ def wreath(rng: Generator) -> Bones:
     num_strands = int(rng.choice([1, 2, 2, 3]))
     theta = np.linspace(0, TURN, 31)
     wobble = 1 + rng.uniform(0, 0.09) * np.sin(int(rng.integers(2, 4)) * theta + TURN * rng.random())
-    twists, offset = int(rng.integers(3, 6)), 0.0 if num_strands == 1 else rng.uniform(0.08, 0.11)
-    thickness = rng.uniform(0.14, 0.21) if num_strands == 1 else rng.uniform(0.1, 0.13)
+    twists, offset = int(rng.integers(3, 6)), 0.0 if num_strands == 1 else rng.uniform(0.1, 0.12)
+    thickness = rng.uniform(0.18, 0.23) if num_strands == 1 else rng.uniform(0.13, 0.15)
     bones = []
     for strand in range(num_strands):
         angle = twists * theta + TURN * strand / num_strands
@@ -126,9 +126,9 @@ def wreath(rng: Generator) -> Bones:
         radii = thickness * (1 + 0.12 * np.sin(4 * theta + strand))
         bones.append(chain(points, radii, along=(0, 3), lift=lift))
     if rng.random() < 0.4:
-        for angle in TURN * (np.arange(11) + rng.uniform(-0.3, 0.3, 11)) / 11:
+        for angle in TURN * (np.arange(7) + rng.uniform(-0.3, 0.3, 7)) / 7:
             root, tip = _directions(np.array([angle, angle + rng.uniform(0.1, 0.3)])) * [[0.8], [1.12]]
-            bones.append(chain(np.stack([root, tip]), thickness * np.array([0.6, 0.25]), part=LIMB, lift=-0.03))
+            bones.append(chain(np.stack([root, tip]), thickness * np.array([0.8, 0.55]), part=LIMB, lift=-0.03))
     return np.concatenate(bones)
 
 
@@ -138,31 +138,27 @@ def jellyfish(rng: Generator) -> Bones:
     arc = np.stack([np.sin(theta) * rng.uniform(0.42, 0.55), -np.cos(theta) * rng.uniform(0.35, 0.5)], -1)
     bones = [chain(arc, dome * (1.05 - 0.7 * (theta / opening) ** 2), lift=0.12)]
     t = np.linspace(0, 1, 9)
-    num_tentacles, drift = int(rng.integers(5, 10)), rng.normal(0, 0.3)
-    for root in np.linspace(-0.42, 0.42, num_tentacles) + rng.uniform(-0.04, 0.04, num_tentacles):
+    num_tentacles, drift = int(rng.integers(3, 6)), rng.normal(0, 0.3)
+    for root in np.linspace(-0.5, 0.5, num_tentacles) + rng.uniform(-0.04, 0.04, num_tentacles):
         wave = rng.uniform(0.03, 0.1) * np.sin(TURN * (rng.uniform(0.8, 1.8) * t + rng.random())) * (0.3 + t)
         length = rng.uniform(0.7, 1.25)
         points = np.stack([root * (1 + 0.35 * t) + wave + drift * t * t, -0.22 + length * t], -1)
-        bones.append(chain(points, rng.uniform(0.05, 0.08) * (1.1 - 0.7 * t), part=LIMB, lift=-0.1))
-    for root in (-0.09, 0.1):
-        wave = 0.08 * np.sin(TURN * (1.1 * t + rng.random()))
-        points = np.stack([root + wave + drift * t * t, -0.25 + rng.uniform(0.6, 1.0) * t], -1)
-        bones.append(chain(points, rng.uniform(0.08, 0.11) * (1.1 - 0.8 * t), along=(0, 2), lift=-0.02))
+        bones.append(chain(points, rng.uniform(0.095, 0.125) * (1.1 - 0.35 * t), part=LIMB, lift=-0.1))
     return np.concatenate(bones)
 
 
 def _bird_wing(rng: Generator, side: int, reach: float, raise_: float) -> Bones:
     arm = np.array([[0.05, -0.16], [0.45, -0.34], [0.75, -0.26], [1.02, -0.12]])
     arm[:, 1] += raise_ * arm[:, 0]
-    num_feathers = 9
+    num_feathers = 5
     t = np.linspace(0.1, 1, num_feathers)
     roots = np.stack([np.interp(t, np.linspace(0, 1, 4), arm[:, axis]) for axis in (0, 1)], -1)
     angles = np.pi / 2 + 0.25 - (0.3 + rng.uniform(0.6, 1.1)) * t**1.5
     tips = roots + _directions(angles) * (rng.uniform(0.3, 0.44) * (0.8 + 0.3 * t))[:, None]
-    bones = [chain(arm, np.array([0.14, 0.1, 0.08, 0.04]), lift=0.05)]
+    bones = [chain(arm, np.array([0.2, 0.18, 0.17, 0.14]), lift=0.05)]
     for root, tip in zip(roots, tips, strict=True):
         middle = 0.5 * (root + tip)
-        bones.append(chain(np.stack([root, middle, tip]), np.array([0.065, 0.085, 0.035]), part=LIMB, lift=-0.04))
+        bones.append(chain(np.stack([root, middle, tip]), np.array([0.13, 0.15, 0.1]), part=LIMB, lift=-0.04))
     wing = np.concatenate(bones)
     wing[:, [AX, BX]] *= side * reach
     return wing
@@ -170,15 +166,15 @@ def _bird_wing(rng: Generator, side: int, reach: float, raise_: float) -> Bones:
 
 def bird(rng: Generator) -> Bones:
     trunk = np.array([[0, -0.62], [0, -0.5], [0, -0.3], [0, -0.05], [0, 0.2], [0, 0.36]])
-    bones = [chain(trunk, rng.uniform(1.05, 1.5) * np.array([0.06, 0.1, 0.1, 0.14, 0.11, 0.06]), lift=0.08)]
-    bones.append(chain(np.array([[0, -0.64], [0, -0.76]]), np.array([0.04, 0.01]), part=EYE, lift=0.02))
+    bones = [chain(trunk, rng.uniform(1.4, 1.8) * np.array([0.08, 0.11, 0.1, 0.15, 0.13, 0.08]), lift=0.08)]
+    bones.append(chain(np.array([[0, -0.64], [0, -0.76]]), np.array([0.07, 0.04]), part=EYE, lift=0.02))
     raise_ = rng.normal(0, 0.25)
     for side in (-1, 1):
-        bones.append(_bird_wing(rng, side, rng.uniform(0.55, 1.05), raise_ + rng.normal(0, 0.15)))
+        bones.append(_bird_wing(rng, side, rng.uniform(0.6, 0.88), raise_ + rng.normal(0, 0.15)))
     fan, length = rng.uniform(0.12, 0.4), rng.uniform(0.3, 0.5)
-    for spread in np.linspace(-fan, fan, 4):
+    for spread in np.linspace(-fan, fan, 3):
         tip = np.array([0, 0.3]) + _directions(np.array([np.pi / 2 + spread]))[0] * length
-        bones.append(chain(np.stack([[0, 0.3], tip]), np.array([0.07, 0.06]), part=LIMB, lift=-0.02))
+        bones.append(chain(np.stack([[0, 0.3], tip]), np.array([0.11, 0.13]), part=LIMB, lift=-0.02))
     return np.concatenate(bones)
 
 

@@ -1,7 +1,7 @@
 """Surfaces of the generated photographs: noise, the coats of bodies and the grounds they lie on.
 
 Colours are float32 RGB in 0..1. Colour ranges of classes, clutter and grounds overlap on purpose: no threshold on colour
-finds the bodies, while their shape, relief, shadow and pattern do.
+finds the bodies, while their shape, relief, shadow and pattern do. Grounds are calmer than coats.
 
 Shape letters: H W pixels; colours are (3,) or (H, W, 3). Determinism over machines: see scenes_shapes.
 """
@@ -170,8 +170,8 @@ def coat(rng: Generator, kind: str, colors: tuple[FloatArray, FloatArray, FloatA
 def ground_colors(rng: Generator, ground: Ground) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Three related colours of one ground."""
     hue, saturation, value = (rng.uniform(*span) for span in (ground.hue, ground.saturation, ground.value))
-    darker = hsv(hue + rng.normal(0, 0.03), saturation * 1.15, value * rng.uniform(0.45, 0.7))
-    accent = hsv(hue + rng.normal(0, 0.09), saturation * rng.uniform(0.5, 1.3), value * rng.uniform(0.8, 1.35))
+    darker = hsv(hue + rng.normal(0, 0.03), saturation * 1.15, value * rng.uniform(0.62, 0.82))
+    accent = hsv(hue + rng.normal(0, 0.06), saturation * rng.uniform(0.6, 1.2), value * rng.uniform(0.85, 1.2))
     return hsv(hue, saturation, value), darker, accent
 
 
@@ -206,7 +206,7 @@ def paint_ground(
         joint, tone = cell_noise(rng, height, width, side * rng.uniform(0.05, 0.13))
         field = tone * np.float32(0.8) + np.float32(0.2) * fractal_noise(rng, height, width, side / 8, 2)
         painted = blend(blend(colors[0], colors[1], field), colors[2], tones * np.float32(0.5))
-        return painted * (np.float32(0.45) + np.float32(0.55) * smoothstep(joint, 0, 0.5))[..., None]
+        return painted * (np.float32(0.62) + np.float32(0.38) * smoothstep(joint, 0, 0.5))[..., None]
     elif ground.texture == "bokeh":
         field = smoothstep(fractal_noise(rng, height, width, rng.uniform(5, 10), 2), 0.3, 0.7)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -34,12 +36,15 @@ def mean_fills(evaluator: CocoEvaluator) -> tuple[float | None, float | None]:
     return (float(np.mean(predicted)) if predicted else None), (float(np.mean(real)) if real else None)
 
 
-def _filled(rle: dict) -> dict:
+# `rle: Any`: pycocotools types run lengths by a class of its stubs that a program cannot name.
+
+
+def _filled(rle: Any) -> Any:
     height, width = rle["size"]
     box = np.asarray(coco_mask.toBbox(rle), dtype=np.float64).reshape(1, 4)
-    return coco_mask.frPyObjects(box, height, width)[0]
+    return coco_mask.frPyObjects(box, height, width)[0]  # pyright: ignore[reportCallIssue, reportArgumentType]  # takes boxes too
 
 
-def _fill(rle: dict) -> float:
+def _fill(rle: Any) -> float:
     _, _, w, h = coco_mask.toBbox(rle).tolist()
     return float(coco_mask.area(rle)) / max(w * h, 1.0)

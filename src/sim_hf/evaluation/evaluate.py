@@ -10,7 +10,7 @@ from torch import nn
 from sim_hf.data.category_ids import category_ids
 from sim_hf.evaluation.coco_evaluator import CocoEvaluator
 from sim_hf.evaluation.ground_truth import coco_ground_truth
-from sim_hf.evaluation.prediction import predict_rows
+from sim_hf.evaluation.prediction import names_of, predict_rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ def evaluate_model(
 ) -> tuple[dict[str, float | None], CocoEvaluator]:
     """Evaluate on `rows` (a data set with `objects`) -> (metrics, evaluator). ground_truth: a COCO file or dict, or None to
     use the rows' own boxes. on_result(row, picture, result): called for each image of this process."""
-    shared = shared_labels(model.config.id2label, rows)
-    num_labels = len(model.config.id2label)
-    label_to_category = [shared.get(label, -1) for label in range(num_labels)]
+    names = names_of(model)
+    shared = shared_labels(names, rows)
+    label_to_category = [shared.get(label, -1) for label in range(len(names))]
     evaluator = CocoEvaluator(
         coco_ground_truth(rows if ground_truth is None else ground_truth), label_to_category, only_seen=limit is not None
     )

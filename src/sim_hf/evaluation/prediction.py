@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,6 +15,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sim_hf.data.images import read_image
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """label -> class name, from the configuration of a transformers model."""
+    return cast(Any, model).config.id2label  # torch types what a module holds as tensors and modules
 
 
 @contextmanager

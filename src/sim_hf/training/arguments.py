@@ -157,14 +157,16 @@ def steps_of(length: float, max_steps: int) -> int:
 
 def parse_arguments(argv: Sequence[str] | None = None, *, prog: str | None = None) -> ArgumentGroups:
     """Flags over the YAML of `--config` over the defaults. Unknown keys and flags are errors."""
-    parser = HfArgumentParser([ModelArguments, DataArguments, SupervisionArguments, RunArguments], prog=prog)
+    groups: list[Any] = [ModelArguments, DataArguments, SupervisionArguments, RunArguments]  # transformers' type fits no class
+    parser = HfArgumentParser(groups, prog=prog)
     parser.add_argument("--config", help="YAML file with any of the options below; flags win over it.")
     config_argument, _ = _config_parser().parse_known_args(argv)
     if config_argument.config:
         parser.set_defaults(**read_config(config_argument.config))
-    *groups, _ = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-    check_arguments(*groups)
-    return tuple(groups)
+    parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    model, data, supervision, run, _ = parsed
+    check_arguments(model, data, supervision, run)
+    return model, data, supervision, run
 
 
 def _config_parser():

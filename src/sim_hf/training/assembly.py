@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.image_utils import SizeDict
 
 from sim_hf.criteria.build import build_criterion
-from sim_hf.data.category_ids import category_ids
+from sim_hf.data.category_ids import category_feature, category_ids
 from sim_hf.data.coco import load_coco
 from sim_hf.data.hub import load_detection_dataset
 from sim_hf.data.mixture import MixedRows
@@ -34,7 +35,7 @@ class RunData:
     """Rows to train and evaluate on. names[i] and category_ids[i] belong to label i. ground_truth: a COCO file or the rows
     of a data set that has none; None when there is nothing to evaluate on."""
 
-    train: object
+    train: Any  # MixedRows, or an IterableDataset when streaming
     names: list[str]
     category_ids: list[int]
     val: object | None = None
@@ -56,17 +57,23 @@ def coco_folder(folder: str | Path) -> dict[str, Path]:
     return paths
 
 
+def _coco_files(images: str | None, annotations: str | None) -> tuple[Path, Path]:
+    if not images or not annotations:
+        raise ValueError(f"a COCO file and the folder of its images go together, got file {annotations!r} and folder {images!r}")
+    return Path(images), Path(annotations)
+
+
 def build_data(data: DataArguments, *, with_masks: bool) -> RunData:
     """The data of a run; real masks are read from the annotation files only when `with_masks`."""
     if data.dataset:
-        return _hub_data(data)
+        return _hub_data(data.dataset, data)
     if data.data:
         folders = [coco_folder(folder) for folder in data.data]
         pairs = [(paths["images"], paths["train"]) for paths in folders]
         val = (folders[0]["images"], folders[0]["val"]) if folders[0]["val"].exists() else None
     else:
-        pairs = [(Path(data.train_images), Path(data.train_annotations))]
-        val = (Path(data.val_images), Path(data.val_annotations)) if data.val_annotations else None
+        pairs = [_coco_files(data.train_images, data.train_annotations)]
+        val = _coco_files(data.val_images, data.val_annotations) if data.val_annotations else None
     datasets = [
         load_coco(images, annotations, with_masks=with_masks, box_format=data.box_format) for images, annotations in pairs
     ]
@@ -74,16 +81,17 @@ def build_data(data: DataArguments, *, with_masks: bool) -> RunData:
     ids = category_ids(datasets[0]) if len(datasets) == 1 else list(range(1, len(train.names) + 1))
     if val is None:
         return RunData(train, train.names, ids)
-    rows = load_coco(*val, with_masks=False, box_format=data.box_format)
-    return RunData(train, train.names, ids, val=rows, ground_truth=val[1])
+    images, annotations = val
+    rows = load_coco(images, annotations, with_masks=False, box_format=data.box_format)
+    return RunData(train, train.names, ids, val=rows, ground_truth=annotations)
 
 
-def _hub_data(data: DataArguments) -> RunData:
-    train = load_detection_dataset(data.dataset, data.train_split, streaming=data.streaming)
-    names = train.features["objects"]["category"].feature.names
+def _hub_data(dataset: str, data: DataArguments) -> RunData:
+    train = load_detection_dataset(dataset, data.train_split, streaming=data.streaming)
+    names = category_feature(train).names
     rows = train if data.streaming else MixedRows([train])
-    val = load_detection_dataset(data.dataset, data.val_split) if data.val_split else None
-    return RunData(rows, names, list(range(len(names))), val=val, ground_truth=val, streaming=data.streaming)
+    val = load_detection_dataset(dataset, data.val_split) if data.val_split else None
+    return RunData(rows, names, category_ids(train), val=val, ground_truth=val, streaming=data.streaming)
 
 
 def build_model(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -25,7 +24,7 @@ from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.training.arguments import DataArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
-from sim_hf.training.finite import check_finite
+from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.loaders import epoch_loader
 from sim_hf.training.optimizer import build_optimizer
 from sim_hf.training.state_files import CheckpointError, load_state, save_state
@@ -182,12 +181,9 @@ class SIMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last stop before the update, on every rank: nothing that is not finite goes further."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        check_finite(
-            {**self._step_losses, "gradient_norm": float(grad_norm)},
-            self._step_inputs,
-            step=self.step.global_step,
-            accelerator=self.accelerator,
-        )
+        own, self._step_losses = self._step_losses, sum_over_ranks(self._step_losses, self.accelerator)
+        step = self.step.global_step
+        check_finite(self._step_losses, own, float(grad_norm), self._step_inputs, step=step, accelerator=self.accelerator)
         return grad_norm
 
     def finish_step(self) -> None:
@@ -203,11 +199,7 @@ class SIMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every named loss, mean since the last line, to the Trainer's own."""
         if "loss" in logs and self._steps_since_log:
-            sums: dict[str, float] = {}
-            for part in gather_object([self._losses_since_log]):
-                for name, value in part.items():
-                    sums[name] = sums.get(name, 0.0) + value
-            logs |= {name: value / self._steps_since_log for name, value in sums.items()}
+            logs |= {name: value / self._steps_since_log for name, value in self._losses_since_log.items()}
             self._losses_since_log, self._steps_since_log = {}, 0
         super().log(logs, start_time)
 

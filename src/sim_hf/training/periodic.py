@@ -9,6 +9,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from sim_hf.evaluation.evaluate import evaluate_model
+from sim_hf.evaluation.prediction import names_of
 from sim_hf.evaluation.results import format_table, write_results
 from sim_hf.visualization import contact_sheet, draw_instances
 
@@ -22,7 +23,7 @@ def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
     if trainer.data.val is None:
         return {}
     pictures: list[list] = []
-    names = trainer.exported.config.id2label
+    names = names_of(trainer.exported)
     accelerator = trainer.accelerator
 
     def keep_picture(row, picture, result) -> None:
@@ -76,7 +77,7 @@ def pseudo_mask_rows(trainer) -> list[list]:
     if seen is None:
         return []
     inputs, pseudo = seen
-    names = trainer.exported.config.id2label
+    names = names_of(trainer.exported)
     rows = []
     for image in range(min(2, inputs.targets.num_images)):
         mine = inputs.targets.image_ids_G == image

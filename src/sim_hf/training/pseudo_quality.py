@@ -14,10 +14,13 @@ from sim_hf.training.step import TrainingStep
 def pseudo_mask_quality(step: TrainingStep, rows, processor, *, limit: int = 64, batch_size: int = 8) -> dict[str, float]:
     """Mean IoU with the real masks, on the mask grid, of the pseudo masks and of the boxes filled in, over the first `limit`
     images. rows: a data set loaded with masks; its labels must be the model's. Empty when there is nothing to compare."""
+    teacher = step.teacher
+    if teacher is None:
+        raise ValueError("pseudo masks are made from a teacher's predictions, and this training step has no teacher")
     size = int(processor.size["longest_edge"])
     samples = SeededDataset(rows, EvalTransform(size, with_masks=True))
     collate = DetectionCollator(processor.image_mean, processor.image_std)
-    device = next(step.teacher.model.parameters()).device
+    device = next(teacher.model.parameters()).device
     was_training = step.training
     step.eval()
     ours, filled = [], []
@@ -29,9 +32,7 @@ def pseudo_mask_quality(step: TrainingStep, rows, processor, *, limit: int = 64,
         real_GHW, has_mask_G = targets.masks_GHW, targets.has_mask_G
         # The supervision must take them for box-only: the masks are for the comparison.
         targets.masks_GHW, targets.has_mask_G = None, torch.zeros_like(has_mask_G)
-        outputs = step.teacher(
-            pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True
-        )
+        outputs = teacher(pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True)
         pseudo = step.loss(outputs, inputs, step.normalizers([inputs])).pseudo_masks
         if pseudo is None or real_GHW is None:
             continue

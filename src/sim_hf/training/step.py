@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from sim_hf.criteria.set_criterion import SetCriterion, StepNormalizers
 from sim_hf.data.collator import denormalize, normalize
 from sim_hf.mask_generation.copy_paste import copy_paste
 from sim_hf.mask_generation.memory_bank import MemoryBank
+from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.structures import CriterionOutput, InstanceTargets
 from sim_hf.training.teacher import EMATeacher
 
@@ -44,6 +46,8 @@ class TrainingStep(nn.Module):
     paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
     first paste. state_dict() of this module is the training state that lives beside the weights.
     """
+
+    teacher: EMATeacher | None
 
     def __init__(
         self,
@@ -153,10 +157,10 @@ class TrainingStep(nn.Module):
             self.memory_bank.discard()
 
     @property
-    def prototype_bank(self):
+    def prototype_bank(self) -> PrototypeBank | None:
         """The criterion's `PrototypeBank`, or None for a supervision without prototypes."""
         mask_criterion = self.criterion.mask_criterion
-        return mask_criterion.bank if isinstance(mask_criterion, nn.Module) else None
+        return cast(PrototypeBank, mask_criterion.bank) if isinstance(mask_criterion, nn.Module) else None
 
     def training_state(self) -> dict:
         """Everything that a resumed run needs beside weights, optimiser and sampler: tensors, numbers, lists, dicts."""

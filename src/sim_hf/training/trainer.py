@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from sim_hf.evaluation.diagnostics import collapse_warning, mask_diagnostics
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
 from sim_hf.training.assembly import build_data, build_model, build_step
-from sim_hf.training.finite import check_finite
+from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.periodic import evaluate_and_draw, export_model
@@ -105,7 +106,10 @@ class Trainer:
     @property
     def exported(self) -> torch.nn.Module:
         """The network that is evaluated and exported."""
-        return self.step.teacher.model if self.run.export == "teacher" else self.student
+        if self.run.export == "student":
+            return self.student
+        assert self.step.teacher is not None  # build_step makes one
+        return self.step.teacher.model
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -149,7 +153,7 @@ class Trainer:
         return self.last_metrics
 
     def optimizer_step(self, stream: Iterator[list[dict]]) -> dict[str, float]:
-        """One update over all micro-batches -> what was measured (losses summed over the micro-batches)."""
+        """One update over all micro-batches -> what was measured (losses summed over micro-batches and ranks)."""
         inputs = [self.step.prepare(batch) for batch in next(stream)]
         normalizers = self.step.normalizers(inputs)
         sums: dict[str, float] = {}
@@ -164,9 +168,12 @@ class Trainer:
             outputs.append(output)
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.detach())
-        gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
-        record = {"loss": sum(sums.values()), **sums, "gradient_norm": float(gradient_norm)}
-        check_finite(record, inputs, step=self.step.global_step, accelerator=self.accelerator)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
+        gradient_norm = float(cast(torch.Tensor, norm))  # accelerate's None is for DeepSpeed engines
+        losses = sum_over_ranks(sums, self.accelerator)
+        record = {"loss": sum(losses.values()), **losses, "gradient_norm": gradient_norm}
+        step = self.step.global_step
+        check_finite(losses, sums, gradient_norm, inputs, step=step, accelerator=self.accelerator)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.accelerator.optimizer_step_was_skipped:
@@ -201,15 +208,16 @@ class Trainer:
 
     def log(self, record: dict[str, float]) -> None:
         """One line on the console, one in metrics.jsonl, one for each tracker."""
-        record = {"step": self.step.global_step, "learning_rate": self.scheduler.get_last_lr()[0], **record}
+        step = self.step.global_step
+        record = {"step": step, "learning_rate": float(self.scheduler.get_last_lr()[0]), **record}
         if self.accelerator.is_main_process:
             shown = {k.removeprefix("loss_"): v for k, v in record.items() if k not in ("step", "learning_rate")}
-            tqdm.write(f"step {record['step']:>6}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+            tqdm.write(f"step {step:>6}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()))
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.accelerator.log_with:
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
 
     def evaluate(self, *, limit: int | None) -> None:
         """Mask and box AP of the exported network on the validation images, a picture sheet, and the best step so far."""
