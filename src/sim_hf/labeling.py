@@ -1,9 +1,9 @@
 """Boxes in, masks out: one mask for every given box of a picture.
 
 The network sees the whole picture and, on request, an enlarged crop around each small box, where even a small object is many
-cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive mask
-weighting (SIM, Eq. 6) at inference. The weighted map is thresholded where its extent agrees best with the box. The less the
-queries agree with the box, the more a rounded blob inside it takes their place.
+cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive
+mask weighting (SIM, Eq. 6) at inference. The weighted map is thresholded where its extent agrees best with the box. The less
+the queries agree with the box, the more a rounded blob inside it takes their place.
 
 Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or box region, H W pixels of the picture.
 """
