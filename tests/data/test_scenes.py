@@ -14,7 +14,7 @@ from sim_hf.data.scenes import CATEGORY_IDS, CLASS_NAMES, render_scene, write_sc
 from sim_hf.data.scenes_render import MIN_VISIBLE_PIXELS, Item, visible_shares
 from sim_hf.data.scenes_shapes import AX, AY, BX, BY, RADIUS_A, RADIUS_B
 
-FINGERPRINT = "946f532e119aa84e"
+FINGERPRINT = "b9b07ef200cc9c03"
 
 
 @pytest.fixture(scope="module")
