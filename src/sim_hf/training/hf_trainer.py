@@ -252,7 +252,7 @@ class SIMTrainer(Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("use sim_hf.evaluation.prediction.predict_rows(trainer.exported, ...): masks differ in number")
+        raise ValueError("use sim_hf.evaluation.prediction.predict_rows(trainer.exported, ...): masks differ in number")
 
     # ---- checkpoints ----
 
