@@ -9,6 +9,7 @@ from sim_hf.data.hub import load_detection_dataset
 from sim_hf.data.images import ImageError, read_image, read_image_size
 from sim_hf.data.masks import decode_segmentation, encode_rle
 from sim_hf.data.mixture import MixedRows
+from sim_hf.data.mosaic import MosaicDataset
 from sim_hf.data.sampler import SeededDataset, SeededIterable, StepSampler, sample_seed
 from sim_hf.data.scenes import CLASS_NAMES, Scene, render_scene, write_scenes
 from sim_hf.data.validation import validate_coco
@@ -20,6 +21,7 @@ __all__ = [
     "EvalTransform",
     "ImageError",
     "MixedRows",
+    "MosaicDataset",
     "Scene",
     "SeededDataset",
     "SeededIterable",

@@ -82,25 +82,30 @@ class TrainTransform:
             seed = int(torch.randint(2**62, ()))
         generator = torch.Generator().manual_seed(seed)
         sample = read_sample(example, with_masks=self.with_masks, max_pixels=self.max_pixels)
-        sample = self._scale_and_crop(sample, generator)
+        ratio = self.size * _uniform(generator, *self.scale_range) / max(sample.image_3hw.shape[-2:])
+        return self.at_scale(sample, ratio, (self.size, self.size), generator).as_dict()
+
+    def at_scale(self, sample: Sample, ratio: float, limit: tuple[int, int], generator: torch.Generator) -> Sample:
+        """The image scaled by `ratio`, cut to at most `limit` (height, width), flipped and recoloured at random."""
+        sample = self._scale_and_crop(sample, ratio, limit, generator)
         if _uniform(generator, 0, 1) < self.flip:
             sample = _mirrored(sample)
         sample = sample.select(_box_sides(sample.boxes_n4).amin(-1) >= self.min_box_size)
-        return replace(sample, image_3hw=self._recoloured(sample.image_3hw, generator)).as_dict()
+        return replace(sample, image_3hw=self._recoloured(sample.image_3hw, generator))
 
-    def _scale_and_crop(self, sample: Sample, generator: torch.Generator) -> Sample:
+    def _scale_and_crop(self, sample: Sample, ratio: float, limit: tuple[int, int], generator: torch.Generator) -> Sample:
         height, width = sample.image_3hw.shape[-2:]
-        ratio = self.size * _uniform(generator, *self.scale_range) / max(height, width)
         # The window is cut before resizing: the same crop for a fraction of the work.
-        window_height = min(height, max(1, round(self.size / ratio)))
-        window_width = min(width, max(1, round(self.size / ratio)))
+        window_height = min(height, max(1, round(limit[0] / ratio)))
+        window_width = min(width, max(1, round(limit[1] / ratio)))
         window = self._choose_window(sample.boxes_n4, (height, width), (window_height, window_width), generator)
         if window is None:
-            ratio = min(ratio, self.size / max(height, width))
+            ratio = min(ratio, limit[0] / height, limit[1] / width)
             window, window_height, window_width = (0, 0), height, width
         sample = self._cropped(sample, *window, window_height, window_width)
-        sides = [min(self.size, max(1, round(side * ratio))) for side in (window_height, window_width)]
-        return _resized(sample, sides[0], sides[1])
+        new_height = min(limit[0], max(1, round(window_height * ratio)))
+        new_width = min(limit[1], max(1, round(window_width * ratio)))
+        return _resized(sample, new_height, new_width)
 
     def _choose_window(
         self, boxes_n4: Tensor, image_size: tuple[int, int], window_size: tuple[int, int], generator: torch.Generator

@@ -121,7 +121,11 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        return self.transform(self.dataset[index], seed=sample_seed(self.seed, epoch, index))
+        return self.sample(index, sample_seed(self.seed, epoch, index))
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        """The row of that index under the transform with that seed."""
+        return self.transform(self.dataset[index], seed=seed)
 
 
 class SeededIterable(IterableDataset):

@@ -69,6 +69,9 @@ class DataArguments:
     image_size: int | None = field(default=None, metadata={"help": "Longest side of the input (default: the preset's)."})
     scale_min: float = field(default=0.5, metadata={"help": "Large-scale jitter: smallest scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest scale."})
+    mosaic: float = field(
+        default=0.0, metadata={"help": "Share of the samples that are four images on one canvas: more and smaller objects."}
+    )
     flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     color_jitter: float = field(default=0.2, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
     num_workers: int = field(default=0, metadata={"help": "Loader processes (the stream of samples does not depend on them)."})
@@ -199,6 +202,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         raise ValueError("--train_annotations needs --train_images")
     if data.val_annotations and not data.val_images:
         raise ValueError("--val_annotations needs --val_images")
+    if not 0 <= data.mosaic <= 1:
+        raise ValueError(f"--mosaic must be a probability in 0..1, got {data.mosaic}")
     if supervision.supervision not in MASK_CRITERIA:
         raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
     if run.gradient_accumulation_steps < 1 or run.batch_size % run.gradient_accumulation_steps:

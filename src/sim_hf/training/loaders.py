@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
-from sim_hf.data import DetectionCollator, SeededDataset, SeededIterable, StepSampler, TrainTransform
+from sim_hf.data import DetectionCollator, MosaicDataset, SeededDataset, SeededIterable, StepSampler, TrainTransform
 from sim_hf.training.arguments import DataArguments, RunArguments
 
 
@@ -31,7 +31,6 @@ class MicroBatches:
         with_masks: bool,
         accelerator: Accelerator,
     ) -> None:
-        transform = train_transform(processor, arguments, with_masks=with_masks)
         self.device = accelerator.device
         self.num_micro = run.gradient_accumulation_steps
         micro_size = run.batch_size // self.num_micro
@@ -49,7 +48,8 @@ class MicroBatches:
             if accelerator.num_processes > 1:
                 rows = rows.shard(num_shards=accelerator.num_processes, index=accelerator.process_index)
             self.sampler = None
-            self.loader = DataLoader(SeededIterable(rows, transform, run.seed), batch_size=micro_size, drop_last=True, **common)
+            samples = streamed_samples(rows, arguments, processor, with_masks=with_masks, seed=run.seed)
+            self.loader = DataLoader(samples, batch_size=micro_size, drop_last=True, **common)
         else:
             self.sampler = StepSampler(
                 len(data.train),
@@ -58,7 +58,8 @@ class MicroBatches:
                 num_replicas=accelerator.num_processes,
                 rank=accelerator.process_index,
             )
-            self.loader = DataLoader(SeededDataset(data.train, transform, run.seed), batch_sampler=self.sampler, **common)
+            samples = indexed_samples(data.train, arguments, processor, with_masks=with_masks, seed=run.seed)
+            self.loader = DataLoader(samples, batch_sampler=self.sampler, **common)
 
     def __iter__(self) -> Iterator[list[dict]]:
         stream = iter(self.loader)
@@ -129,14 +130,31 @@ def epoch_loader(
 ) -> DataLoader:
     """Loader of this process's micro-batches, with a length when the rows have one. batch_size: of a micro-batch; options:
     of `DataLoader`."""
-    transform = train_transform(processor, arguments, with_masks=with_masks)
     options = {"collate_fn": train_collator(processor), **options}
     if isinstance(rows, datasets.IterableDataset):
         if num_processes > 1:
             rows = rows.shard(num_shards=num_processes, index=process_index)
-        return _EpochLoader(SeededIterable(rows, transform, seed), batch_size=batch_size, drop_last=True, **options)
+        samples = streamed_samples(rows, arguments, processor, with_masks=with_masks, seed=seed)
+        return _EpochLoader(samples, batch_size=batch_size, drop_last=True, **options)
     sampler = StepSampler(len(rows), batch_size, seed=seed, num_replicas=num_processes, rank=process_index)
-    return _EpochLoader(SeededDataset(rows, transform, seed), batch_sampler=EpochBatches(sampler, num_micro), **options)
+    samples = indexed_samples(rows, arguments, processor, with_masks=with_masks, seed=seed)
+    return _EpochLoader(samples, batch_sampler=EpochBatches(sampler, num_micro), **options)
+
+
+def indexed_samples(rows: Any, arguments: DataArguments, processor, *, with_masks: bool, seed: int) -> SeededDataset:
+    """Augmented samples of rows that can be indexed."""
+    transform = train_transform(processor, arguments, with_masks=with_masks)
+    if arguments.mosaic == 0:
+        return SeededDataset(rows, transform, seed)
+    red, green, blue = (round(255 * mean) for mean in processor.image_mean)
+    return MosaicDataset(rows, transform, seed, probability=arguments.mosaic, background=(red, green, blue))
+
+
+def streamed_samples(rows: Any, arguments: DataArguments, processor, *, with_masks: bool, seed: int) -> SeededIterable:
+    """Augmented samples of rows that can only be read one after the other."""
+    if arguments.mosaic > 0:
+        raise ValueError(f"--mosaic {arguments.mosaic} draws images from the whole data set, so it does not go with --streaming")
+    return SeededIterable(rows, train_transform(processor, arguments, with_masks=with_masks), seed)
 
 
 def train_transform(processor, arguments: DataArguments, *, with_masks: bool) -> TrainTransform:
