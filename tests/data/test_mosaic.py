@@ -79,7 +79,8 @@ def test_boxes_and_masks_lie_where_the_pixels_of_their_objects_are(flip):
         for n, label in _unique_objects(sample):
             pixels_ss = _pixels_of(sample, label)
             assert torch.allclose(sample["boxes"][n], _extent(pixels_ss), atol=1.5)
-            assert (sample["masks"][n] != pixels_ss).sum() <= 0.1 * pixels_ss.sum()
+            assert torch.allclose(sample["boxes"][n], _extent(sample["masks"][n]), atol=1.5)
+            assert sample["masks"][n][pixels_ss].float().mean() > 0.95
             num_checked += 1
     assert num_checked > 50
 
