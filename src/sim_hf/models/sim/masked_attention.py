@@ -29,8 +29,9 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
 
         def heads(states: Tensor, index: int) -> Tensor:
-            projected = nn.functional.linear(states, weights[index], biases[index])
-            return projected.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+            # Image first: then the rows of a level lie one after the other, and the projection is a single matrix product.
+            projected = nn.functional.linear(states.transpose(0, 1), weights[index], biases[index])
+            return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
         dropout = self.dropout if self.training else 0.0
         attended_BAQD = nn.functional.scaled_dot_product_attention(

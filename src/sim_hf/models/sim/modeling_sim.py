@@ -101,6 +101,8 @@ class SIMModel(SIMPreTrainedModel):
         pixel_values = pixel_values.to(self.dtype)
         if valid_BHW is not None:
             pixel_values = pixel_values.masked_fill(~valid_BHW[:, None], 0.0)
+        # Convolutions keep their input's format; with channels last they and the attention need no reordering.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         pixels = self.pixel_level_module(pixel_values, valid_BHW)
         decoded = self.transformer_module(
             multi_scale_features=pixels.decoder_hidden_states,
