@@ -132,3 +132,27 @@ def test_lengths_are_steps_or_fractions_of_the_run():
     assert steps_of(500, 1000) == 500
     with pytest.raises(ValueError, match="negative"):
         steps_of(-0.5, 1000)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_steps: 1.5", "max_steps must be of type int, got 1.5"),
+        ("max_steps: true", "max_steps must be of type int, got True"),
+        ("use_masks: 1", "use_masks must be of type bool, got 1"),
+        ("learning_rate: [1.0]", r"learning_rate must be of type float, got \[1.0\]"),
+        ("data: photographs", r"data must be of type list.*, got 'photographs'"),
+        ("seed:", "seed must be of type int, got None"),
+    ],
+)
+def test_a_config_value_of_another_type_is_refused_by_name(tmp_path, line, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_config(config)
+
+
+def test_config_values_that_fit_are_taken(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("max_steps: 5\nlearning_rate: 1\nmodel:\nnum_threads: 2\ndata: [a, b]\nfreeze_batch_norm: false\n")
+    assert read_config(config)["data"] == ["a", "b"]

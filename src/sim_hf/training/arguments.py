@@ -7,11 +7,11 @@ fine-tuning run needs the paper's schedule as fractions.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -184,13 +184,30 @@ def read_config(path: str | Path) -> dict[str, Any]:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
-    known = {
-        f.name for group in (ModelArguments, DataArguments, SupervisionArguments, RunArguments) for f in dataclasses.fields(group)
+    types = {
+        name: expected
+        for group in (ModelArguments, DataArguments, SupervisionArguments, RunArguments)
+        for name, expected in get_type_hints(group).items()
     }
-    unknown = sorted(set(options) - known)
+    unknown = sorted(set(options) - set(types))
     if unknown:
         raise ValueError(f"{path}: unknown option(s) {', '.join(unknown)}")
+    for name, value in options.items():
+        _check_type(f"{path}: {name}", value, types[name])
     return options
+
+
+def _check_type(place: str, value: Any, expected: Any) -> None:
+    """YAML gives numbers and lists their type, which argparse, converting text only, would let through unseen."""
+    allowed = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    for kind in allowed:
+        if get_origin(kind) is list:
+            if isinstance(value, list) and all(isinstance(item, get_args(kind)) for item in value):
+                return
+        elif type(value) in (kind, str) or (kind is float and type(value) is int):
+            return  # text is converted, or refused, as on the command line: 5e-4 is text to YAML 1.1
+    names = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise ValueError(f"{place} must be of type {names}, got {value!r}")
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, supervision: SupervisionArguments, run: RunArguments) -> None:
