@@ -29,6 +29,8 @@ class LabelOptions:
     """crop_below: boxes whose longer side is below this share of the picture's get an enlarged view as well (0: never, 1:
     always). crop_margin: what such a view adds around the box, as a share of its longer side. mu: sharpness of the weighting.
     class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
+    trust_power: the queries' part against the blob's is agreement^trust_power. blob_radius: where the blob has faded to 0, in
+    half sides of the box.
     """
 
     crop_below: float = 0.0
@@ -36,6 +38,8 @@ class LabelOptions:
     mu: float = 20.0
     class_weight: float = 1.0
     fit_threshold: bool = True
+    trust_power: float = 2.0
+    blob_radius: float = 1.25
     batch_size: int = 8
 
 
@@ -191,8 +195,8 @@ def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[
     """The mask inside a box's pixels, and its confidence: mean probability in the mask times the queries' agreement."""
     probability_hw = total.map_hw / max(total.weight, 1e-12)
     agreement = total.agreement / max(total.weight, 1e-12)
-    trust = agreement**2
-    blended_hw = trust * probability_hw + (1 - trust) * _blob(*probability_hw.shape)
+    trust = agreement**options.trust_power
+    blended_hw = trust * probability_hw + (1 - trust) * _blob(*probability_hw.shape, options.blob_radius)
     own_box_4 = box_4 - torch.tensor([*total.region[:2]] * 2)
     thresholds = _THRESHOLDS if options.fit_threshold else _THRESHOLDS[:1]
     candidates = torch.stack([blended_hw > threshold for threshold in thresholds])
@@ -205,8 +209,8 @@ def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[
     return mask_hw, float(probability_hw[mask_hw].mean()) * agreement
 
 
-def _blob(height: int, width: int) -> Tensor:
-    """What is likely inside a box when nothing else is known: 1 at its centre, 0 in its corners -> (height, width)."""
+def _blob(height: int, width: int, radius: float) -> Tensor:
+    """What is likely inside a box when nothing else is known: 1 at its centre, 0 at `radius` half sides -> (height, width)."""
     y = (torch.arange(height) + 0.5) / height * 2 - 1
     x = (torch.arange(width) + 0.5) / width * 2 - 1
-    return (1.25 - (y[:, None] ** 2 + x[None] ** 2).sqrt()).clamp(0, 1)
+    return (radius - (y[:, None] ** 2 + x[None] ** 2).sqrt()).clamp(0, 1)
