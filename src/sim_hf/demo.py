@@ -29,7 +29,7 @@ from sim_hf.visualization import contact_sheet
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "sim-tiny"
-MAX_STEPS = 600
+MAX_STEPS = 2000
 MARKER = ".sim-hf-demo"  # a folder that the next demo may replace
 SHEET_ROWS = 8
 
@@ -126,7 +126,7 @@ def _arguments(
     run = RunArguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
-        batch_size=8,
+        batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
         learning_rate=5e-4,
         seed=options.seed,
         mixed_precision="auto",

@@ -196,7 +196,7 @@ def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[
     probability_hw = total.map_hw / max(total.weight, 1e-12)
     agreement = total.agreement / max(total.weight, 1e-12)
     trust = agreement**options.trust_power
-    blended_hw = trust * probability_hw + (1 - trust) * _blob(*probability_hw.shape, options.blob_radius)
+    blended_hw = trust * probability_hw + (1 - trust) * _blob(probability_hw, options.blob_radius)
     own_box_4 = box_4 - torch.tensor([*total.region[:2]] * 2)
     thresholds = _THRESHOLDS if options.fit_threshold else _THRESHOLDS[:1]
     candidates = torch.stack([blended_hw > threshold for threshold in thresholds])
@@ -209,8 +209,9 @@ def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[
     return mask_hw, float(probability_hw[mask_hw].mean()) * agreement
 
 
-def _blob(height: int, width: int, radius: float) -> Tensor:
-    """What is likely inside a box when nothing else is known: 1 at its centre, 0 at `radius` half sides -> (height, width)."""
+def _blob(like_hw: Tensor, radius: float) -> Tensor:
+    """What is likely inside a box when nothing else is known: 1 at its centre, 0 at `radius` half sides -> (h, w)."""
+    height, width = like_hw.shape
     y = (torch.arange(height) + 0.5) / height * 2 - 1
     x = (torch.arange(width) + 0.5) / width * 2 - 1
     return (radius - (y[:, None] ** 2 + x[None] ** 2).sqrt()).clamp(0, 1)

@@ -43,7 +43,7 @@ class SIMTrainer(Trainer):
     train_dataset, eval_dataset: rows in the detection convention (`load_coco`, `load_detection_dataset`); transform and
     collator are made here. With a `data_collator` of your own, `train_dataset` must give what it takes, and it the batch of
     docs/architecture.md (and `args.remove_unused_columns` must be False). augmentation: the fields of `DataArguments` about
-    scale, flip, colour and `use_masks`. eval_ground_truth: a COCO file to measure against (default: the rows' own objects).
+    scale, mosaic, flip, colour and `use_masks`. eval_ground_truth: a COCO file to measure against (default: the rows' own).
     export: which weights are evaluated and saved as the model, "teacher" (EMA) or "student".
 
     A checkpoint folder holds the exported weights, ready for `from_pretrained`, and in `training_state.*` the student and
