@@ -35,6 +35,26 @@ def test_deformable_attention_equals_the_stock_one_with_its_gradients():
         torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
 
 
+def test_deformable_attention_on_cell_centres_has_the_stock_gradient_of_the_location():
+    # Where the initial offsets point to. The bilinear surface has a kink there, and both must take the same side.
+    shapes = [(4, 4), (8, 8)]
+    centres = (torch.arange(8) + 0.5) / 8
+    locations = torch.cartesian_prod(centres, centres).view(1, 64, 1, 1, 1, 2).repeat(1, 1, 2, 2, 1, 1).requires_grad_()
+    value, weights = torch.randn(1, 80, 2, 4), torch.rand(1, 64, 2, 2, 1)
+    gradients = [
+        torch.autograd.grad(attention(value, shapes, locations, weights).square().sum(), locations)[0]
+        for attention in (multi_scale_deformable_attention, stock_deformable_attention)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_deformable_attention_reads_nothing_far_outside_and_says_nan_for_nan():
+    value, weights = torch.ones(1, 4, 1, 2), torch.ones(1, 3, 1, 1, 1)
+    locations = torch.tensor([1e30, -1e30, float("nan")]).view(1, 3, 1, 1, 1, 1).repeat(1, 1, 1, 1, 1, 2)
+    result = multi_scale_deformable_attention(value, [(2, 2)], locations, weights)
+    assert result[0, :2].eq(0).all() and result[0, 2].isnan().all()
+
+
 def test_deformable_attention_keeps_a_half_precision_dtype():
     value = torch.randn(1, 4, 2, 4).bfloat16()
     result = multi_scale_deformable_attention(value, [(2, 2)], torch.rand(1, 3, 2, 1, 4, 2), torch.rand(1, 3, 2, 1, 4))
