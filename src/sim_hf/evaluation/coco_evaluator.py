@@ -1,4 +1,4 @@
-"""COCO mask AP and box AP of predictions, computed by pycocotools behind a door that lets nothing wrong in.
+"""COCO mask AP and box AP of predictions, by COCO's own rules behind a door that lets nothing wrong in.
 
 Shape letters: n predictions of an image, H W its rows and columns; T IoU thresholds, R recall levels, K categories,
 A area ranges, M values of `max_detections`.
@@ -6,23 +6,19 @@ A area ranges, M values of `max_detections`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from sim_hf.data.masks import decode_segmentation, encode_rle
+from sim_hf.evaluation.coco_backend import IouType, precision_and_recall
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
 AREAS = ("all", "small", "medium", "large")  # pycocotools' order
-IouType = Literal["segm", "bbox"]
 IOU_TYPES: tuple[IouType, ...] = ("segm", "bbox")
 NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set does not have; it may not be predicted
 
@@ -118,7 +114,7 @@ class CocoEvaluator:
     def _evaluated_image_ids(self) -> list[int]:
         return sorted(self._results_by_image) if self.only_seen else sorted(self._image_sizes)
 
-    def _evaluate(self, iou_type: IouType) -> COCOeval:
+    def _evaluate(self, iou_type: IouType) -> tuple[np.ndarray, np.ndarray]:
         predictions = [dict(result) for result in self.coco_results()]
         for number, prediction in enumerate(predictions, start=1):
             # loadRes would take the box area for both, as soon as a result has a box: other numbers for AP_small etc.
@@ -127,31 +123,20 @@ class CocoEvaluator:
             else:
                 prediction["area"] = prediction["bbox"][2] * prediction["bbox"][3]
             prediction |= {"id": number, "iscrowd": 0}
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            evaluation = COCOeval(self._index(self.ground_truth["annotations"]), self._index(predictions), iou_type)
-            evaluation.params.imgIds = self._evaluated_image_ids()  # an empty list would mean all
-            evaluation.params.maxDets = list(self.max_detections)
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return evaluation
+        return precision_and_recall(
+            self.ground_truth,
+            predictions,
+            iou_type,
+            image_ids=self._evaluated_image_ids(),
+            max_detections=self.max_detections,
+        )
 
-    def _index(self, annotations: Iterable[Mapping[str, Any]]) -> COCO:
-        coco = COCO()
-        coco.dataset = {
-            "images": self.ground_truth["images"],
-            "categories": self.ground_truth["categories"],
-            "annotations": [dict(annotation) for annotation in annotations],  # COCOeval writes into them
-        }
-        coco.createIndex()
-        return coco
-
-    def _summarize(self, evaluation: COCOeval | None, per_class: bool) -> dict[str, float | None]:
+    def _summarize(self, arrays: tuple[np.ndarray, np.ndarray] | None, per_class: bool) -> dict[str, float | None]:
         """pycocotools' own summary knows only maxDets (1, 10, 100): the same means, read from its arrays."""
-        precision_TRKAM = np.array([]) if evaluation is None else evaluation.eval["precision"]
-        recall_TKAM = np.array([]) if evaluation is None else evaluation.eval["recall"]
+        precision_TRKAM, recall_TKAM = arrays or (np.array([]), np.array([]))
 
         def average(values: np.ndarray, *index: Any) -> float | None:
-            if evaluation is None:
+            if arrays is None:
                 return None
             counted = values[index][values[index] > -1]
             return float(counted.mean()) if counted.size else None
