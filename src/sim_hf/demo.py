@@ -127,7 +127,7 @@ def _arguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
         batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
-        learning_rate=5e-4,
+        learning_rate=5e-4 if start.model is None else 2.5e-4,  # a trained start is refined, not learned anew
         seed=options.seed,
         mixed_precision="auto",
         eval_every=0,
