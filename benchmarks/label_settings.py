@@ -23,7 +23,7 @@ from sim_hf.labeling import LabelOptions, masks_for_boxes
 from sim_hf.structures import box_masks
 
 CHOICES = {
-    "mu": (5.0, 10.0, 20.0, 40.0),
+    "mu": (2.0, 3.0, 5.0, 10.0, 20.0),
     "class_weight": (0.0, 0.5, 1.0, 2.0),
     "fit_threshold": (True, False),
     "blob_radius": (1.0, 1.15, 1.25, 1.4),

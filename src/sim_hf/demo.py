@@ -209,9 +209,9 @@ def _report(after: dict, record: dict, output: Path, options: DemoOptions) -> No
     if record.get("full_supervision"):
         full = record["full_supervision"]
         print(f"trained with the real masks instead: AP {_percent(full['segm/AP'])}, AP50 {_percent(full['segm/AP50'])}")
-    if fills["predicted"] is not None:
-        real = "" if fills["real"] is None else f" (real masks: {fills['real']:.2f})"
-        print(f"mean fill of the masks, mask area / box area: {fills['predicted']:.2f}{real}; 1.00 would be filled boxes")
+    real = "" if fills["real"] is None else f" (real masks: {fills['real']:.2f})"
+    mean = "n/a, no confident mask yet" if fills["predicted"] is None else f"{fills['predicted']:.2f}"
+    print(f"mean fill of the masks, mask area / box area: {mean}{real}; 1.00 would be filled boxes")
     if pseudo:
         print(
             f"pseudo masks on training images: mean IoU {pseudo['pseudo_mask_iou']:.3f} with the real masks, filled boxes "

@@ -43,7 +43,7 @@ class LabelJob:
     polygons: bool = False
     keep_masks: bool = False
     restart: bool = False
-    crop_below: float = 0.0
+    crop_below: float = 0.5
     box_format: str = "xywh"
     batch_size: int = 8
     pictures: Path | None = None

@@ -33,13 +33,13 @@ class LabelOptions:
     half sides of the box.
     """
 
-    crop_below: float = 0.0
+    crop_below: float = 0.5
     crop_margin: float = 0.35
-    mu: float = 20.0
+    mu: float = 5.0
     class_weight: float = 1.0
     fit_threshold: bool = True
     trust_power: float = 2.0
-    blob_radius: float = 1.25
+    blob_radius: float = 1.15
     batch_size: int = 8
 
 

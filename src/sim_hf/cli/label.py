@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--crop-below",
         type=float,
-        default=0.0,
+        default=LabelJob.crop_below,
         metavar="SHARE",
-        help="look at boxes enlarged whose longer side is below this share of the picture's (0: never, 1: always)",
+        help="enlarge boxes whose longer side is below this share of the picture's (0: never, 1: always; default: %(default)s)",
     )
     parser.add_argument("--box-format", choices=("xywh", "xyxy"), default="xywh", help="what bbox holds in the file")
     parser.add_argument("--batch-size", type=int, default=8, help="images and crops per forward pass")
