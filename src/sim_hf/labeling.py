@@ -39,7 +39,7 @@ class LabelOptions:
     class_weight: float = 1.0
     fit_threshold: bool = True
     trust_power: float = 2.0
-    blob_radius: float = 1.15
+    blob_radius: float = 1.25
     batch_size: int = 8
 
 
