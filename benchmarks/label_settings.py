@@ -28,7 +28,7 @@ CHOICES = {
     "fit_threshold": (True, False),
     "blob_radius": (1.0, 1.15, 1.25, 1.4),
     "trust_power": (1.0, 2.0, 3.0),
-    "crop_below": (0.0, 0.15, 0.25),
+    "crop_below": (0.0, 0.25, 0.5, 1.0),
 }
 
 

@@ -70,7 +70,10 @@ class DataArguments:
     scale_min: float = field(default=0.5, metadata={"help": "Large-scale jitter: smallest scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest scale."})
     mosaic: float = field(
-        default=0.0, metadata={"help": "Share of the samples that are four images on one canvas: more and smaller objects."}
+        default=0.0,
+        metadata={
+            "help": "Share of the samples that are four images on one canvas: more, smaller objects. Slows an untrained start."
+        },
     )
     flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     color_jitter: float = field(default=0.2, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
