@@ -1,0 +1,86 @@
+"""Two ways to the same result, measured side by side in one process: a row of the table of `speed.py`."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Row:
+    """A part beside its peer. Times are medians in seconds; memory is the peak above what was there, in MiB; goals are
+    ratios ours / peer. `equal`: both gave the same result. `note`: what else a reader should know."""
+
+    part: str
+    peer: str
+    ours_seconds: float
+    peer_seconds: float
+    ratio: float
+    goal: float | None
+    ours_mib: float
+    peer_mib: float
+    memory_ratio: float | None
+    memory_goal: float | None
+    equal: bool
+    note: str = ""
+
+
+def compare(
+    part: str,
+    peer_name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    equal: bool,
+    goal: float | None,
+    memory_goal: float | None = None,
+    repeats: int = 5,
+    note: str = "",
+) -> Row:
+    """Both once to warm up, once each for the memory, then in turns, so that what else the machine does hits both."""
+    ours(), peer()
+    ours_mib, peer_mib = peak_mib(ours), peak_mib(peer)
+    ours_seconds, peer_seconds = [], []
+    for _ in range(repeats):
+        peer_seconds.append(seconds(peer))
+        ours_seconds.append(seconds(ours))
+    return Row(
+        part=part,
+        peer=peer_name,
+        ours_seconds=statistics.median(ours_seconds),
+        peer_seconds=statistics.median(peer_seconds),
+        ratio=statistics.median(ours_seconds) / statistics.median(peer_seconds),
+        goal=goal,
+        ours_mib=ours_mib,
+        peer_mib=peer_mib,
+        memory_ratio=ours_mib / peer_mib if peer_mib > 0 else None,
+        memory_goal=memory_goal,
+        equal=equal,
+        note=note,
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Peak resident memory while `call` runs, above what was resident before (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    before = status_kib("VmRSS")
+    call()
+    return (status_kib("VmHWM") - before) / 1024
+
+
+def status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
