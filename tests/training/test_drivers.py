@@ -259,9 +259,21 @@ def test_resume_true_skips_a_checkpoint_that_was_cut_off(tmp_path, rows):
     assert resumed._newest_complete_checkpoint().endswith("checkpoint-1")
     resumed.train(resume_from_checkpoint=True)
     assert all(torch.equal(t, unbroken.student.state_dict()[n]) for n, t in resumed.student.state_dict().items())
-    (tmp_path / "checkpoint-1" / "training_state.json").unlink()
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint among the 3"):
         sim_trainer(tmp_path, rows, name="boxinst").train(resume_from_checkpoint=True)
+
+
+def test_sim_trainer_does_not_resume_from_a_flipped_byte(tmp_path, rows):
+    sim_trainer(tmp_path, rows, name="boxinst", max_steps=2, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    resumed = sim_trainer(tmp_path, rows, name="boxinst", max_steps=3)
+    assert resumed._newest_complete_checkpoint().endswith("checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be used: .*optimizer\.pt has changed"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, rows):

@@ -57,6 +57,21 @@ def verify(path: str | Path) -> list[str]:
     return problems
 
 
+def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Put size and sha256 of every file of `folder`, and `metadata` with `versions`, into its manifest.json, after all of
+    them have reached the disk."""
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        _sync(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    content = {"files": files, "metadata": {**metadata, "versions": _versions()}}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    for subfolder in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(subfolder)
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The `metadata` a checkpoint was saved with, plus `step` and `versions`."""
     return _read_manifest(Path(path))["metadata"]
@@ -195,16 +210,7 @@ class CheckpointManager:
             (temporary / _UNFINISHED).unlink()
         except FileNotFoundError as error:
             raise CheckpointError("another process could not write its files") from error
-        files = {}
-        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            _sync(file)
-            files[file.relative_to(temporary).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        content = {"files": files, "metadata": {**metadata, "step": step, "versions": _versions()}}
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
-        _sync(manifest)
-        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-            _sync(folder)
+        write_manifest(temporary, {**metadata, "step": step})
         replaced = self.root / f"{_REPLACED}{final.name}"
         if final.exists():  # the same step again, after going back: until the second rename, `checkpoints` lists the old
             final.rename(replaced)

@@ -24,6 +24,7 @@ from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.training.arguments import DataArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
+from sim_hf.training.checkpoint import verify, write_manifest
 from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.loaders import epoch_loader
 from sim_hf.training.optimizer import build_optimizer
@@ -46,8 +47,8 @@ class SIMTrainer(Trainer):
     scale, mosaic, flip, colour and `use_masks`. eval_ground_truth: a COCO file to measure against (default: the rows' own).
     export: which weights are evaluated and saved as the model, "teacher" (EMA) or "student".
 
-    A checkpoint folder holds the exported weights, ready for `from_pretrained`, and in `training_state.*` the student and
-    everything else that training needs.
+    A checkpoint folder holds the exported weights, ready for `from_pretrained`, in `training_state.*` the student and
+    everything else that training needs, and in `manifest.json` the sha256 of every file.
     """
 
     # compute_loss divides by the counts of the whole step, so nothing may be divided by the accumulation steps again.
@@ -265,26 +266,28 @@ class SIMTrainer(Trainer):
     def _newest_complete_checkpoint(self) -> str:
         folders = sort_checkpoints(str(self.args.output_dir), use_mtime=False)
         for folder in reversed(folders):
-            try:
-                load_state(Path(folder) / TRAINING_STATE)
-            except CheckpointError as error:
-                logger.warning("skipping checkpoint %s: %s", Path(folder).name, error)
-            else:
+            problems = verify(folder)
+            if not problems:
                 return folder
+            logger.warning("skipping checkpoint %s: %s", Path(folder).name, "; ".join(problems))
         raise CheckpointError(f"no complete checkpoint among the {len(folders)} of {self.args.output_dir}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The training state is written last, so a folder that has it is complete; only then do older ones go."""
+        """The manifest is written last, when every rank has written its files: a folder whose manifest verifies is complete.
+        Only then do older ones go."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             if not self.args.save_only_model:
+                checkpoint = folder / f"checkpoint-{self.state.global_step}"
                 state = {"model": dict(self.student.state_dict()), "step": self.step.training_state()}
-                save_state(folder / f"checkpoint-{self.state.global_step}" / TRAINING_STATE, state)
+                save_state(checkpoint / TRAINING_STATE, state)
+                write_manifest(checkpoint, {"step": self.state.global_step})
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=limit,
@@ -300,6 +303,8 @@ class SIMTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Everything, strictly. The stock method matches names on disk with names in memory, which differ for Swin: half
         of the backbone would silently keep what it was."""
+        if problems := verify(resume_from_checkpoint):
+            raise CheckpointError(f"{Path(resume_from_checkpoint).name} cannot be used: " + "; ".join(problems))
         state = load_state(Path(resume_from_checkpoint) / TRAINING_STATE)
         self.student.load_state_dict(state["model"], strict=True)
         self.step.load_training_state(state["step"])
