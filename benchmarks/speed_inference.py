@@ -179,7 +179,9 @@ class PostProcessing:
 
     def agreement(self) -> SimpleNamespace:
         """`is_equal` and a `note`. Run lengths are compared exactly where the picture was not scaled. Where it was, the
-        peer interpolates what it has interpolated; ours reads the grid once: edges may lie a pixel apart."""
+        peer interpolates what it has interpolated; ours reads the grid once: edges may lie a pixel apart. So they may in the
+        last two rows and columns of an input whose sides are not multiples of 32: the peer also reads cells of the padding.
+        """
         ours, theirs = self.ours(), self.peer()
         described = [[(result["category_id"], round(result["score"], 5)) for result in side] for side in (ours, theirs)]
         if described[0] != described[1]:
