@@ -112,7 +112,7 @@ class SimStep:
 def stock_network(model: SIMForInstanceSegmentation) -> Mask2FormerForUniversalSegmentation:
     """transformers' network with our weights."""
     fields = model.config.to_dict()
-    for name in ("model_type", "freeze_batch_norm", "category_ids", "mask_position_frequencies"):
+    for name in ("model_type", "freeze_batch_norm", "category_ids"):
         fields.pop(name)
     stock = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**fields)).train()
     stock.load_state_dict(model.state_dict(), strict=False)

@@ -13,7 +13,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from sim_hf.models.sim.deformable_attention import multi_scale_deformable_attention
 from sim_hf.models.sim.masked_attention import MaskedCrossAttention
-from sim_hf.models.sim.padding import clear_padding, downsample_valid, fourier_positions, sine_position_embedding
+from sim_hf.models.sim.padding import clear_padding, downsample_valid, sine_position_embedding
 from sim_hf.models.sim.pixel_decoder import _cell_centres
 
 
@@ -78,21 +78,6 @@ def test_position_embedding_equals_the_stock_one_without_and_with_padding():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     alone = sine_position_embedding(None, (3, 4), 16, **keywords)
     torch.testing.assert_close(sine_position_embedding(valid, (5, 7), 16, **keywords)[:1, :, :3, :4], alone)
-
-
-def test_fourier_positions_by_hand():
-    positions = fourier_positions(None, (1, 4), 2, device=torch.device("cpu"), dtype=torch.float32)
-    assert positions.shape == (1, 10, 1, 4)
-    of_x = torch.tensor([[-0.5, 0, 0.5, 1], [1, 0, -1, 0], [0, -1, 0, 1], [0, 0, 0, 0], [-1, 1, -1, 1]])
-    torch.testing.assert_close(positions[0, 5:, 0], of_x, atol=1e-4, rtol=0)
-
-
-def test_fourier_positions_do_not_depend_on_the_padding():
-    valid = torch.zeros(2, 5, 7, dtype=torch.bool)
-    valid[0, :3, :4], valid[1] = True, True
-    keywords = {"device": torch.device("cpu"), "dtype": torch.float32}
-    alone = fourier_positions(None, (3, 4), 3, **keywords)
-    torch.testing.assert_close(fourier_positions(valid, (5, 7), 3, **keywords)[:1, :, :3, :4], alone)
 
 
 @pytest.mark.parametrize(("rows", "cells"), [(32, 1), (33, 2), (63, 2), (64, 2), (1, 1)])

@@ -20,14 +20,13 @@ from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImagePro
 from sim_hf.models.sim.padding import PADDING_LOGIT
 
 BACKBONES = ["resnet", "swin", "timm"]
-POSITION_WEIGHT = "model.transformer_module.decoder.position_predictor.weight"
 
 
 @pytest.fixture
 def stock_model(small_config):
     def make(kind):
         fields = small_config(kind).to_dict()
-        for name in ("model_type", "freeze_batch_norm", "category_ids", "mask_position_frequencies"):
+        for name in ("model_type", "freeze_batch_norm", "category_ids"):
             fields.pop(name)
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**fields)).eval()
         for module in model.modules():  # the stock initialisation silences the batch norms
@@ -119,8 +118,7 @@ def test_base_model_loads_from_the_full_checkpoint(small_model, tmp_path):
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_garbage_in_the_padding_changes_nothing(small_model, kind):
-    model = small_model(kind, mask_position_frequencies=2)
-    nn.init.normal_(model.get_parameter(POSITION_WEIGHT))
+    model = small_model(kind)
     images, pixel_mask = torch.randn(2, 3, 64, 96), torch.ones(2, 64, 96, dtype=torch.long)
     pixel_mask[0, 41:] = 0
     pixel_mask[0, :, 70:] = 0
@@ -152,28 +150,6 @@ def test_a_query_with_an_empty_mask_looks_at_the_whole_image(small_model):
     nn.init.constant_(decoder.mask_predictor.mask_embedder.layers[-1].layers[0].bias, -1.0)
     allowed = decoder._where_to_look(torch.randn(7, 1, 32), *decoder._region(torch.ones(1, 32, 16, 16), valid, (4, 4)))
     assert torch.equal(allowed, torch.tensor([True] * 8 + [False] * 8).expand(1, 1, 7, 16))
-
-
-def test_masks_that_know_their_place_start_as_masks_that_do_not(small_model):
-    plain, placed = small_model("resnet"), small_model("resnet", mask_position_frequencies=3)
-    assert placed.load_state_dict(plain.state_dict(), strict=False).missing_keys == [POSITION_WEIGHT]
-    pixel_values = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        expected, found = (model.eval()(pixel_values).masks_queries_logits for model in (plain, placed))
-    assert torch.equal(found, expected)
-
-
-def test_masks_that_know_their_place_depend_on_it_and_the_mask_features_do_not(small_model):
-    model = small_model("resnet", mask_position_frequencies=3)
-    nothing_to_see = torch.zeros(1, 3, 64, 64)
-    with torch.no_grad():
-        before = model(nothing_to_see)
-        model.get_parameter(POSITION_WEIGHT).normal_()
-        after = model(nothing_to_see)
-    assert torch.equal(after.mask_features, before.mask_features)
-    halves = [outputs.masks_queries_logits.split(8, -1) for outputs in (before, after)]
-    differences = [float((left - right).abs().mean()) for left, right in halves]
-    assert differences[1] > differences[0] + 1
 
 
 def test_masks_end_at_the_padding_in_evaluation_and_keep_their_gradient_in_training(small_model):

@@ -20,8 +20,6 @@ class SIMConfig(Mask2FormerConfig):
     Every field of `Mask2FormerConfig` keeps its meaning. freeze_batch_norm: the backbone's BatchNorm layers keep their
     running statistics in training (their scale and shift still learn); turn it off for a backbone without pretrained
     weights. category_ids: label -> the data set's own category id (COCO's ids have gaps), or None.
-    mask_position_frequencies: queries add a function of the place to their mask logits, made of waves of this many
-    frequencies (see `SIMMaskedAttentionDecoder`); 0 is Mask2Former.
     """
 
     model_type = "sim"
@@ -39,7 +37,6 @@ class SIMConfig(Mask2FormerConfig):
 
     freeze_batch_norm: bool = True
     category_ids: list[int] | None = None
-    mask_position_frequencies: int = 0
 
     def validate_architecture(self) -> None:
         # Skips Mask2FormerConfig's own check, which only warns that a backbone other than Swin is unusual; here it is not.
@@ -87,7 +84,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder_feedforward_dim": 512,
         "dim_feedforward": 512,
         "num_queries": 30,
-        "mask_position_frequencies": 4,
     },
     "r50": {"backbone_config": {"model_type": "resnet", "depths": [3, 4, 6, 3], "out_features": STAGES}},
     "r101": {"backbone_config": {"model_type": "resnet", "depths": [3, 4, 23, 3], "out_features": STAGES}},

@@ -14,7 +14,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .configuration_sim import SIMConfig
-from .padding import downsample_valid, fourier_positions, sine_position_embedding
+from .padding import downsample_valid, sine_position_embedding
 
 
 class MaskedCrossAttention(nn.MultiheadAttention):
@@ -40,29 +40,17 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         return self.out_proj(attended_BAQD.permute(2, 0, 1, 3).flatten(2)), None
 
 
-class MaskPositionPredictor(nn.Linear):
-    """Query -> weights of the position features that are added to its mask logits (`fourier_positions`); starts at 0."""
-
-
 class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
     """Mask2Former's decoder; where a query may look is decided on the level's own grid.
 
     The bilinear resize of the mask logits is linear, so the logits made from resized mask features are the resized
     logits: full-size masks are needed only for the predictions that somebody asks for.
-
-    With `config.mask_position_frequencies` a query also says where its mask lies: mask logits = embedding . features +
-    weights . positions. Two touching objects that look alike then differ by place, as through the relative coordinates of
-    CondInst (arXiv 2003.05664); the mask features, and with them the prototypes, stay free of positions.
     """
 
     def __init__(self, config: SIMConfig) -> None:
         super().__init__(config)
         for layer in self.layers:
             layer.cross_attn = MaskedCrossAttention(config.hidden_dim, config.num_attention_heads, config.dropout)
-        self.num_frequencies = config.mask_position_frequencies
-        self.position_predictor: MaskPositionPredictor | None = None
-        if self.num_frequencies > 0:
-            self.position_predictor = MaskPositionPredictor(config.hidden_dim, 2 + 4 * self.num_frequencies, bias=False)
 
     def forward(
         self,
@@ -81,7 +69,6 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
         `intermediate_hidden_states` has the normalised queries before the first and after each layer;
         `masks_queries_logits` the masks of all of them, or of the last one only.
         """
-        mask_features_BCHW = self._with_positions(mask_features_BCHW, valid_BHW)
         regions = [self._region(mask_features_BCHW, valid_BHW, shape) for shape in level_shapes]
         hidden_states = query_features
         normalised = [self.layernorm(hidden_states)]
@@ -113,25 +100,8 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
             masks_queries_logits=masks,  # pyright: ignore[reportArgumentType]
         )
 
-    def _with_positions(self, mask_features_BCHW: Tensor, valid_BHW: Tensor | None) -> Tensor:
-        """The mask features, followed by the position features if there is a predictor for them."""
-        if self.position_predictor is None:
-            return mask_features_BCHW
-        size = (mask_features_BCHW.shape[2], mask_features_BCHW.shape[3])
-        positions_BPHW = fourier_positions(
-            None if valid_BHW is None else downsample_valid(valid_BHW, size),
-            size,
-            self.num_frequencies,
-            device=mask_features_BCHW.device,
-            dtype=mask_features_BCHW.dtype,
-        )
-        return torch.cat((mask_features_BCHW, positions_BPHW.expand(len(mask_features_BCHW), -1, -1, -1)), 1)
-
     def _mask_logits(self, states_QBC: Tensor, mask_features_BCHW: Tensor) -> Tensor:
-        states_BQC = states_QBC.transpose(0, 1)
-        embeddings_BQC = self.mask_predictor.mask_embedder(states_BQC)
-        if self.position_predictor is not None:
-            embeddings_BQC = torch.cat((embeddings_BQC, self.position_predictor(states_BQC)), -1)
+        embeddings_BQC = self.mask_predictor.mask_embedder(states_QBC.transpose(0, 1))
         return torch.einsum("bqc,bchw->bqhw", embeddings_BQC, mask_features_BCHW)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.utils import ModelOutput
 
 from .configuration_sim import SIMConfig
-from .masked_attention import MaskPositionPredictor, SIMTransformerModule
+from .masked_attention import SIMTransformerModule
 from .padding import clear_padding
 from .pixel_decoder import SIMPixelLevelModule
 
@@ -64,8 +64,6 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
             # Mask2Former draws the scale from normal(0, 0.02), which silences a backbone that is trained from scratch.
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        if isinstance(module, MaskPositionPredictor):
-            init.zeros_(module.weight)
 
 
 class SIMModel(SIMPreTrainedModel):

@@ -33,7 +33,13 @@ def sine_position_embedding(
     Positions are fractions of the image without its padding, so they do not depend on what it was batched with. Equal
     to Mask2FormerSinePositionEmbedding when everything is image; computed in float32 for any `dtype`.
     """
-    y_BHW, x_BHW = (2 * math.pi * fraction_BHW for fraction_BHW in _fractions(valid_BHW, size, device))
+    if valid_BHW is None:
+        valid_BHW = torch.ones(1, *size, device=device)
+    present_BHW = valid_BHW.float()
+    y_BHW, x_BHW = present_BHW.cumsum(1), present_BHW.cumsum(2)
+    y_BHW = y_BHW / (y_BHW[:, -1:, :] + _EPSILON) * (2 * math.pi)
+    x_BHW = x_BHW / (x_BHW[:, :, -1:] + _EPSILON) * (2 * math.pi)
+
     half = num_channels // 2
     channels = torch.arange(half, device=device)
     wavelengths = _TEMPERATURE ** (2 * torch.div(channels, 2, rounding_mode="floor").float() / half)
@@ -43,31 +49,6 @@ def sine_position_embedding(
         return torch.stack((angle_BHWC[..., 0::2].sin(), angle_BHWC[..., 1::2].cos()), dim=-1).flatten(3)
 
     return torch.cat((waves(y_BHW), waves(x_BHW)), dim=3).permute(0, 3, 1, 2).to(dtype)
-
-
-def fourier_positions(
-    valid_BHW: Tensor | None, size: tuple[int, int], num_frequencies: int, *, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Where a cell lies inside the image, in functions whose weighted sums can single out rows and columns.
-
-    y and x from -1 to 1, then the sine and cosine of 1, 2, 4, ... periods over the image -> (B or 1, 2 + 4 F, h, w).
-    """
-    features = []
-    for fraction_BHW in _fractions(valid_BHW, size, device):
-        angle_BHW = 2 * math.pi * fraction_BHW
-        features.append(2 * fraction_BHW - 1)
-        for octave in range(num_frequencies):
-            features += [(2**octave * angle_BHW).sin(), (2**octave * angle_BHW).cos()]
-    return torch.stack(features, 1).to(dtype)
-
-
-def _fractions(valid_BHW: Tensor | None, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """y and x of each cell as fractions of the image without its padding, float32 (B or 1, h, w) each."""
-    if valid_BHW is None:
-        valid_BHW = torch.ones(1, *size, device=device)
-    present_BHW = valid_BHW.float()
-    y_BHW, x_BHW = present_BHW.cumsum(1), present_BHW.cumsum(2)
-    return y_BHW / (y_BHW[:, -1:, :] + _EPSILON), x_BHW / (x_BHW[:, :, -1:] + _EPSILON)
 
 
 def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
