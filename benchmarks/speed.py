@@ -17,7 +17,11 @@ from pathlib import Path
 
 from measuring import Row
 from sim_hf.evaluation import write_results
+from speed_evaluation import evaluation_rows
+from speed_inference import inference_rows
+from speed_loading import loading_rows
 from speed_step import step_row
+from speed_supervision import supervision_rows
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,13 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "step-tiny": lambda settings: [step_row("tiny", settings.repeats)],
     "step-r50-fp32": lambda settings: [step_row("r50-fp32", settings.repeats)],
     "step-r50-bf16": lambda settings: [step_row("r50-bf16", settings.repeats)],
+    "supervision": lambda settings: supervision_rows(settings.repeats, settings.data),
+    "inference": lambda settings: inference_rows(settings.repeats, settings.data),
+    "loading": lambda settings: loading_rows(settings.repeats, settings.data),
+    "evaluation-500": lambda settings: evaluation_rows(settings.repeats, num_images=500, num_objects=3600),
+    "evaluation-5000": lambda settings: evaluation_rows(1),
 }
-SHORT = ("step-tiny",)
+SHORT = ("step-tiny", "supervision", "inference", "loading", "evaluation-500")
 
 
 def table(rows: list[Row]) -> str:
