@@ -91,6 +91,8 @@ def test_box_only_file_has_no_masks():
         ({"counts": "abc"}, "annotation 7: .*size None"),
         ({"size": [10, 8], "counts": [80]}, r"annotation 7: .*size \[10, 8\]"),
         ("no json", "annotation 7: .*not JSON"),
+        ({"size": [8, 10], "counts": "5"}, "annotation 7: .*add up to 5, the image has 80"),
+        ({"size": [8, 10], "counts": "P"}, "annotation 7: .*middle of a number"),
     ],
 )
 def test_unusable_mask_is_counted_and_named_but_the_box_stays(segmentation, reason):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from pycocotools import mask as coco_mask
 
-from sim_hf.data.masks import decode_segmentation, encode_rle
+from sim_hf.data.masks import checked_rles, encode_rle
 from sim_hf.evaluation.coco_backend import IouType, precision_and_recall
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
@@ -268,14 +268,10 @@ def _numbers(result: Mapping[str, Any], field: str, image_id: int) -> np.ndarray
 def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[Any] | None:
     masks_nHW, rles = result.get("masks"), result.get("rles")
     if rles is not None:
-        checked = []
-        for position, rle in enumerate(rles):
-            try:
-                height, width = rle["size"]
-                checked.append(encode_rle(decode_segmentation(dict(rle), int(height), int(width))))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"image {image_id}: run lengths {position} are broken: {error}") from error
-        return checked
+        try:
+            return checked_rles(list(rles))
+        except ValueError as error:
+            raise ValueError(f"image {image_id}: {error}") from error
     if masks_nHW is None:
         return None
     masks_nHW = torch.as_tensor(masks_nHW).detach()

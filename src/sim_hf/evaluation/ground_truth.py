@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 from sim_hf.data.category_ids import category_feature
 from sim_hf.data.category_ids import category_ids as known_category_ids
-from sim_hf.data.masks import decode_segmentation, encode_rle
+from sim_hf.data.masks import encode_rle, segmentation_rle
 
 MAX_PROBLEMS_LISTED = 5
 
@@ -176,7 +176,7 @@ def _run_lengths(annotation: Mapping[str, Any], name: str, image: Mapping[str, A
     if isinstance(segmentation, tuple):
         segmentation = list(segmentation)
     try:
-        return encode_rle(decode_segmentation(segmentation, image["height"], image["width"])), None
+        return segmentation_rle(segmentation, image["height"], image["width"]), None
     except ValueError as error:
         return None, f"{name}: {error}"
 
