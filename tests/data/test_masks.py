@@ -68,6 +68,22 @@ def test_broken_compressed_counts_do_not_crash_the_process():
         decode_segmentation({"size": [8, 10], "counts": "PPPP"}, 8, 10, annotation_id=5)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_encoding_is_that_of_pycocotools_whatever_the_mask_and_its_order_in_memory(dtype):
+    inside = np.zeros((60, 50), dtype=bool)
+    inside[20:31, 7:40] = np.random.default_rng(2).random((11, 33)) > 0.3
+    masks = [*_random_masks(500), inside, np.zeros((0, 4), bool), np.zeros((4, 0), bool)]
+    for axis in (0, 1):  # against each edge, and from one to the other
+        for width in (3, 25, 60):
+            band = np.zeros((60, 60), dtype=bool)
+            np.moveaxis(band, axis, 0)[:width] = True
+            masks += [band, ~band, np.roll(band, 9, axis)]
+    for mask in masks:
+        expected = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        for same in (mask, np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
+            assert encode_rle(same.astype(dtype)) == {"size": list(mask.shape), "counts": expected["counts"].decode()}
+
+
 def test_encode_refuses_a_stack_of_masks():
     with pytest.raises(ValueError, match="height, width"):
         encode_rle(np.zeros((2, 3, 4), bool))

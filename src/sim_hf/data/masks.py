@@ -60,8 +60,37 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     """A boolean mask -> `{"size": [height, width], "counts": str}`, ready for JSON."""
     if mask_HW.ndim != 2:
         raise ValueError(f"a mask must be (height, width), got {mask_HW.shape}")
-    run_lengths = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    return {"size": [int(mask_HW.shape[0]), int(mask_HW.shape[1])], "counts": run_lengths["counts"].decode("ascii")}
+    height, width = mask_HW.shape
+    if mask_HW.dtype == np.bool_:
+        counts: Any = {"size": [height, width], "counts": _runs(mask_HW)}
+        run_lengths: Any = coco_mask.frPyObjects(counts, height, width)
+    else:
+        run_lengths = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+    return {"size": [int(height), int(width)], "counts": run_lengths["counts"].decode("ascii")}
+
+
+def _runs(mask_HW: np.ndarray) -> np.ndarray:
+    """Lengths of the runs down the columns, background first, from the mask's box alone.
+
+    Turning a whole mask column by column, as pycocotools' encoder needs it, costs more than the encoding; most are small.
+    """
+    height, width = mask_HW.shape
+    rows = np.flatnonzero(mask_HW.any(1))
+    if not len(rows):
+        return np.array([height * width])
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(mask_HW[top:bottom].any(0))
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    # A row of background ends the runs at the foot of a column; of full columns they go on into the next one.
+    step = bottom - top + (bottom - top < height)
+    flat = np.zeros((right - left) * step + 1, dtype=bool)
+    flat[:-1].reshape(right - left, step)[:, : bottom - top] = mask_HW[top:bottom, left:right].T
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat[0]:
+        changes = np.concatenate([[0], changes])
+    column, row = np.divmod(changes, step)
+    runs = np.diff((column + left) * height + row + top, prepend=0, append=height * width)
+    return runs if runs[-1] else runs[:-1]
 
 
 def _are_canonical(rles: Sequence[Any]) -> bool:
