@@ -47,6 +47,22 @@ def test_normalisation_matches_the_formula_and_is_undone():
     assert torch.equal(batch["pixel_values"][0, :, :16, :12], values)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64])
+def test_images_are_written_into_the_batch_bit_for_bit_as_in_steps(dtype):
+    samples = [_sample(40, 33), _sample(20, 64), _sample(64, 64), _sample(1, 1)]
+    for sample in samples:
+        sample["image"] = sample["image"].to(dtype)
+    samples[1]["image"] = samples[1]["image"].mT.contiguous().mT  # other strides, as after a crop or a flip
+    mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    expected = torch.zeros(4, 3, 96, 96)
+    for k, sample in enumerate(samples):
+        h, w = sample["image"].shape[-2:]
+        expected[k, :, :h, :w] = sample["image"].to(torch.float32).mul(1 / (255 * std_311)).sub(mean_311 / std_311)
+    torch.empty(4, 3, 96, 96).fill_(float("nan"))  # its memory is likely the batch's
+    pixel_values = DetectionCollator(MEAN, STD, pad_to=96)(samples)["pixel_values"]
+    assert torch.equal(pixel_values, expected) and pixel_values.is_contiguous()
+
+
 def test_normalize_leaves_its_input_alone():
     image = torch.rand(3, 4, 4)
     before = image.clone()

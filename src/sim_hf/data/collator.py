@@ -39,11 +39,13 @@ class DetectionCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """-> `pixel_values` float32 (B, 3, H, W), `pixel_mask` int64 (B, H, W) and `labels`, one dict per image."""
         height, width = self._padded_size(samples)
-        pixel_values = torch.zeros(len(samples), 3, height, width)
+        pixel_values = torch.empty(len(samples), 3, height, width)
         pixel_mask = torch.zeros(len(samples), height, width, dtype=torch.long)
         for k, sample in enumerate(samples):
             h, w = sample["image"].shape[-2:]
-            pixel_values[k, :, :h, :w] = normalize(sample["image"], self.image_mean, self.image_std)
+            normalize(sample["image"], self.image_mean, self.image_std, out=pixel_values[k, :, :h, :w])
+            pixel_values[k, :, h:] = 0
+            pixel_values[k, :, :h, w:] = 0
             pixel_mask[k, :h, :w] = 1
         labels = [_label(sample, height, width) for sample in samples]
         return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
@@ -59,10 +61,11 @@ class DetectionCollator:
         return self.pad_to
 
 
-def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 RGB (..., 3, H, W) -> float32, (value / 255 - mean) / std, in one pass."""
+def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None) -> Tensor:
+    """uint8 RGB (..., 3, H, W) -> float32, (value / 255 - mean) / std; written into `out`, if given."""
     mean_311, std_311 = _per_channel(mean, image), _per_channel(std, image)
-    return image.to(torch.float32, copy=True).mul_(1 / (255 * std_311)).sub_(mean_311 / std_311)
+    values = image.to(torch.float32, copy=True) if out is None else out.copy_(image)
+    return values.mul_(1 / (255 * std_311)).sub_(mean_311 / std_311)
 
 
 def denormalize(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
