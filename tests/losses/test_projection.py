@@ -77,6 +77,27 @@ def test_equal_maxima_share_the_gradient():
     assert logits.grad.unique().numel() == 1 and logits.grad.max() < 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("levels", [1000, 4, 1])
+def test_gradient_equals_that_of_amax_with_and_without_ties(dtype, levels):
+    rows_NH, columns_NW = box_projections(_boxes(), 6, 8, STRIDE)
+    logits = (torch.randint(levels, (4, 6, 8)) / 100 - 1).to(dtype)
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss_N = projection_loss(ours, rows_NH, columns_NW)
+    expected_N = torch.zeros(4)
+    for axis, box_NL in ((2, rows_NH), (1, columns_NW)):
+        mask_NL = plain.amax(axis).float().sigmoid()
+        sizes_N = mask_NL.square().sum(1) + box_NL.square().sum(1)
+        expected_N = expected_N + 1 - 2 * (mask_NL * box_NL).sum(1) / (sizes_N + 1e-5)
+    torch.testing.assert_close(loss_N, expected_N)
+    weights_N = torch.arange(1.0, 5.0)
+    (loss_N * weights_N).sum().backward()
+    (expected_N * weights_N).sum().backward()
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert torch.equal(ours.grad != 0, plain.grad != 0)
+
+
 @pytest.mark.parametrize("box", [[13.0, 13.0, 14.0, 14.0], [31.5, 23.5, 32.0, 24.0], [40.0, 40.0, 41.0, 41.0]])
 def test_one_pixel_box_keeps_one_cell_and_a_finite_loss(box):
     rows_NH, columns_NW = box_projections(torch.tensor([box]), 6, 8, STRIDE)

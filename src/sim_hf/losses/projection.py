@@ -3,14 +3,15 @@
 A mask and its box have the same shadow on the y axis and on the x axis. The loss compares the shadows, so it says how
 far the mask must reach and nothing about its shape inside the box.
 
-Shape letters: N predictions assigned to an instance, Q queries, G annotated instances, H and W rows and columns of the
-grid.
+Shape letters: N predictions assigned to an instance, Q queries, G annotated instances, M pixels that are the largest of
+their row or column, H and W rows and columns of the grid, L either of them.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sim_hf.losses.precision import at_least_float32, autocast_disabled
 from sim_hf.structures import rasterize_boxes
@@ -60,12 +61,43 @@ def projection_cost(mask_logits_QHW: Tensor, rows_GH: Tensor, columns_GW: Tensor
 def _mask_shadows(mask_logits_NHW: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column maxima of the mask probability -> (N, H), (N, W).
 
-    The maximum of the logits first and the sigmoid after: same value, H + W sigmoids instead of H * W. `amax` shares
-    the gradient between equal maxima, so a flat mask moves as a whole and no device picks its own winner.
+    The maximum of the logits first and the sigmoid after: same value, H + W sigmoids instead of H * W.
     """
-    rows_NH = at_least_float32(mask_logits_NHW.amax(-1)).sigmoid()
-    columns_NW = at_least_float32(mask_logits_NHW.amax(-2)).sigmoid()
-    return rows_NH, columns_NW
+    rows_NH, columns_NW = _Maxima.apply(mask_logits_NHW)
+    return at_least_float32(rows_NH).sigmoid(), at_least_float32(columns_NW).sigmoid()
+
+
+class _Maxima(torch.autograd.Function):
+    """`amax` along both axes, whose gradient touches the maxima only -> (N, H), (N, W).
+
+    Equal maxima share the gradient, so a flat mask moves as a whole and no device picks its own winner.
+    """
+
+    @staticmethod
+    def forward(ctx, mask_logits_NHW):
+        rows_NH, columns_NW = mask_logits_NHW.amax(-1), mask_logits_NHW.amax(-2)
+        ctx.save_for_backward(mask_logits_NHW, rows_NH, columns_NW)
+        return rows_NH, columns_NW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows_NH, grad_columns_NW):
+        mask_logits_NHW, rows_NH, columns_NW = ctx.saved_tensors
+        is_maximum_NHW = (mask_logits_NHW == rows_NH[:, :, None]) | (mask_logits_NHW == columns_NW[:, None, :])
+        n_M, h_M, w_M = is_maximum_NHW.nonzero(as_tuple=True)
+        logits_M = mask_logits_NHW[n_M, h_M, w_M]
+        grad_NHW = torch.zeros_like(mask_logits_NHW)
+        grad_NHW[n_M, h_M, w_M] = _shares(logits_M, rows_NH, grad_rows_NH, (n_M, h_M)) + _shares(
+            logits_M, columns_NW, grad_columns_NW, (n_M, w_M)
+        )
+        return grad_NHW
+
+
+def _shares(logits_M: Tensor, maxima_NL: Tensor, grad_NL: Tensor, line_M: tuple[Tensor, Tensor]) -> Tensor:
+    """What each pixel gets of the gradient of its line's maximum -> (M,)."""
+    is_maximum_M = logits_M == maxima_NL[line_M]
+    ties_NL = torch.zeros_like(grad_NL).index_put_(line_M, is_maximum_M.to(grad_NL.dtype), accumulate=True)
+    return torch.where(is_maximum_M, (grad_NL / ties_NL)[line_M], 0)
 
 
 def _dice_loss(probabilities_NL: Tensor, target_NL: Tensor) -> Tensor:
