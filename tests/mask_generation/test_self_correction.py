@@ -110,6 +110,30 @@ def test_equals_the_full_sort_reference_on_many_instances():
     assert sum(0.7 < threshold < 0.8 for threshold in thresholds) > 5  # the interesting case is in the sample
 
 
+def test_equals_the_dense_form_bit_by_bit():
+    semantic_GHW, instance_GHW = torch.rand(30, 12, 10) ** 0.5, torch.rand(30, 12, 10) ** 0.3
+    semantic_GHW[torch.rand(30, 12, 10) > 0.99] = float("nan")
+    corner_G2 = torch.rand(30, 2) * 20
+    boxes_G4 = torch.cat([corner_G2, corner_G2 + 1 + torch.rand(30, 2) * 25], 1)
+    has_positives_G, ready_G = torch.rand(30) > 0.2, torch.rand(30) > 0.2
+    masks = self_correction(
+        semantic_GHW, instance_GHW, boxes_G4, stride=4.0, semantic_ready_G=ready_G, has_positives_G=has_positives_G
+    )
+    inside_GHW = box_masks(boxes_G4, 12, 10, 4.0)
+    alpha_G11 = torch.where(ready_G, 0.5, 1.0)[:, None, None]
+    corrected_GHW = torch.lerp(semantic_GHW, instance_GHW, alpha_G11).masked_fill(~inside_GHW, 0.0)
+    num_confident_G = ((instance_GHW > 0.7) & inside_GHW).sum((1, 2))
+    threshold_G = adaptive_threshold(corrected_GHW, num_confident_G, (0.7, 0.8))
+    foreground_GHW = corrected_GHW > threshold_G[:, None, None]
+    has_positives_G11 = has_positives_G[:, None, None]
+    target_GHW = foreground_GHW & has_positives_G11
+    assert torch.equal(masks.probabilities_GHW, corrected_GHW.nan_to_num(0.0))
+    assert torch.equal(masks.target_GHW, target_GHW)
+    assert torch.equal(masks.trusted_GHW, (foreground_GHW | (corrected_GHW < 0.4)) & has_positives_G11)
+    size_G = target_GHW.sum((1, 2)).clamp(min=1)
+    assert torch.equal(masks.scores_G, torch.where(target_GHW, corrected_GHW, 0.0).sum((1, 2)) / size_G)
+
+
 def test_half_precision_maps_and_autocast_give_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         masks = self_correction(torch.rand(2, 4, 4).half(), torch.rand(2, 4, 4).half(), FULL_BOX.expand(2, 4), stride=4)

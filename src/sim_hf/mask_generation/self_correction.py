@@ -1,6 +1,7 @@
 """Self-correction of the semantic map by the instance map, and the two thresholds (SIM, Eq. 7).
 
-Shape letters: G instances, V values inside the threshold band, H W mask grid.
+Shape letters: G instances, V pixels inside their boxes (instance by instance), T those between the two limits of the
+threshold, H W mask grid.
 """
 
 from __future__ import annotations
@@ -34,50 +35,64 @@ def self_correction(
     nothing of the others is trusted.
     """
     _check_arguments(semantic_GHW, instance_GHW, boxes_G4, alpha, high_range, low)
-    height, width = instance_GHW.shape[-2:]
-    semantic_GHW, instance_GHW = semantic_GHW.float(), instance_GHW.float()
-    inside_GHW = box_masks(boxes_G4, height, width, stride)
+    num_instances, height, width = instance_GHW.shape
     if has_positives_G is None:
         has_positives_G = (instance_GHW > 0).flatten(1).any(-1)
-
-    alpha_G = torch.full((len(boxes_G4),), alpha, device=instance_GHW.device)
+    alpha_G = torch.full((num_instances,), alpha, device=instance_GHW.device)
     if semantic_ready_G is not None:
         alpha_G = torch.where(semantic_ready_G, alpha_G, 1.0)
-    corrected_GHW = torch.lerp(semantic_GHW, instance_GHW, alpha_G[:, None, None])
-    corrected_GHW = corrected_GHW.masked_fill_(~inside_GHW, 0.0)
 
-    num_confident_G = ((instance_GHW > confident) & inside_GHW).sum((1, 2))
-    high_G = adaptive_threshold(corrected_GHW, num_confident_G, high_range)
+    # Boxes are small: all that follows happens inside them.
+    inside = box_masks(boxes_G4, height, width, stride).nonzero(as_tuple=True)
+    instances_V = inside[0]
+    semantic_V, instance_V = semantic_GHW[inside].float(), instance_GHW[inside].float()
+    corrected_V = torch.lerp(semantic_V, instance_V, alpha_G[instances_V])
+    num_confident_G = instances_V[instance_V > confident].bincount(minlength=num_instances)
+    high_G = _threshold(corrected_V, instances_V, num_confident_G, high_range)
     # A NaN is neither above nor below, so it is ignored.
-    foreground_GHW = corrected_GHW > high_G[:, None, None]
-    trusted_GHW = (foreground_GHW | (corrected_GHW < low)) & has_positives_G[:, None, None]
-    target_GHW = foreground_GHW & has_positives_G[:, None, None]
-    scores_G = torch.where(target_GHW, corrected_GHW, 0.0).sum((1, 2)) / target_GHW.sum((1, 2)).clamp(min=1)
-    return PseudoMasks(corrected_GHW.nan_to_num(0.0), target_GHW, trusted_GHW, scores_G)
+    foreground_V = corrected_V > high_G[instances_V]
+    has_positives_V = has_positives_G[instances_V]
+    target_V = foreground_V & has_positives_V
+    trusted_V = (foreground_V | (corrected_V < low)) & has_positives_V
+
+    probabilities_GHW = corrected_V.new_zeros(instance_GHW.shape)
+    probabilities_GHW[inside] = corrected_V.nan_to_num(0.0)
+    target_GHW = torch.zeros_like(probabilities_GHW, dtype=torch.bool)
+    target_GHW[inside] = target_V
+    trusted_GHW = has_positives_G[:, None, None].repeat(1, height, width)
+    trusted_GHW[inside] = trusted_V
+    size_G = instances_V[target_V].bincount(minlength=num_instances)
+    scores_G = torch.where(target_GHW, probabilities_GHW, 0.0).sum((1, 2)) / size_G.clamp(min=1)
+    return PseudoMasks(probabilities_GHW, target_GHW, trusted_GHW, scores_G)
 
 
 @torch.no_grad()
 def adaptive_threshold(values_GHW: Tensor, num_wanted_G: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The value that exactly `num_wanted_G` values of an instance exceed (up to ties), clamped to `limits`. -> (G,)
+    """The value that exactly `num_wanted_G` values of an instance exceed (up to ties), clamped to `limits`. -> (G,)"""
+    instances_V = torch.arange(len(values_GHW), device=values_GHW.device).repeat_interleave(values_GHW[0].numel())
+    return _threshold(values_GHW.flatten(), instances_V, num_wanted_G, limits)
 
-    That is the value of rank `num_wanted_G` in descending order, counted from 0. Because of the clamp only the values
-    between the limits need sorting.
+
+def _threshold(values_V: Tensor, instances_V: Tensor, num_wanted_G: Tensor, limits: tuple[float, float]) -> Tensor:
+    """`adaptive_threshold` of the listed values; those that are not listed lie below both limits. -> (G,)
+
+    The value of rank `num_wanted_G` in descending order, counted from 0. Because of the clamp only the values between the
+    limits need sorting.
     """
-    lowest, highest = limits
-    above_GHW = values_GHW > highest
-    band_GHW = (values_GHW > lowest) & ~above_GHW
-    num_band_G = band_GHW.sum((1, 2))
-    rank_in_band_G = num_wanted_G - above_GHW.sum((1, 2))
-    threshold_G = torch.full_like(values_GHW[:, 0, 0], lowest)
+    (lowest, highest), num_instances = limits, len(num_wanted_G)
+    above_V = values_V > highest
+    band_V = (values_V > lowest) & ~above_V
+    values_T, owners_T = values_V[band_V], instances_V[band_V]
+    num_band_G = owners_T.bincount(minlength=num_instances)
+    rank_in_band_G = num_wanted_G - instances_V[above_V].bincount(minlength=num_instances)
+    threshold_G = values_V.new_full((num_instances,), lowest)
     threshold_G = threshold_G.masked_fill_(rank_in_band_G < 0, highest)
 
-    values_V = values_GHW[band_GHW]
-    owners_V = torch.repeat_interleave(num_band_G)  # boolean indexing reads row by row: values come instance by instance
-    order_V = values_V.argsort(descending=True)
-    order_V = order_V[owners_V[order_V].argsort(stable=True)]
+    order_T = values_T.argsort(descending=True)
+    order_T = order_T[owners_T[order_T].argsort(stable=True)]
     has_value_G = (rank_in_band_G >= 0) & (rank_in_band_G < num_band_G)
     position_G = (num_band_G.cumsum(0) - num_band_G) + rank_in_band_G
-    threshold_G[has_value_G] = values_V[order_V[position_G[has_value_G]]]
+    threshold_G[has_value_G] = values_T[order_T[position_G[has_value_G]]]
     return threshold_G
 
 
