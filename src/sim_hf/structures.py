@@ -168,6 +168,12 @@ def box_masks(boxes_G4: Tensor, height: int, width: int, stride: float) -> Tenso
 def mask_boxes(masks_GHW: Tensor, stride: float = 1.0) -> Tensor:
     """Tight boxes of boolean masks -> (G, 4) xyxy in pixels (cells times stride), float32; zeros for an empty mask."""
 
+    return boxes_of_shadows(masks_GHW.any(-1), masks_GHW.any(-2), stride)
+
+
+def boxes_of_shadows(rows_GH: Tensor, columns_GW: Tensor, stride: float = 1.0) -> Tensor:
+    """`mask_boxes` of masks that occupy these rows and columns (bool) -> (G, 4)."""
+
     def span(occupied_GL: Tensor) -> tuple[Tensor, Tensor]:
         length = occupied_GL.shape[-1]
         cells = torch.arange(length, device=occupied_GL.device)
@@ -175,10 +181,10 @@ def mask_boxes(masks_GHW: Tensor, stride: float = 1.0) -> Tensor:
         last_G = torch.where(occupied_GL, cells + 1, 0).amax(-1)
         return first_G, last_G
 
-    if masks_GHW.shape[0] == 0:
-        return torch.zeros(0, 4, device=masks_GHW.device)
-    x1, x2 = span(masks_GHW.any(-2))
-    y1, y2 = span(masks_GHW.any(-1))
+    if rows_GH.shape[0] == 0:
+        return torch.zeros(0, 4, device=rows_GH.device)
+    x1, x2 = span(columns_GW)
+    y1, y2 = span(rows_GH)
     boxes_G4 = torch.stack([x1, y1, x2, y2], -1).float() * stride
     return torch.where((x2 > 0)[:, None], boxes_G4, torch.zeros_like(boxes_G4))
 

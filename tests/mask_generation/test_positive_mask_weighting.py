@@ -7,6 +7,7 @@ import references_mask_generation as reference
 import torch
 
 from sim_hf.mask_generation import instance_probability_map, positive_mask_weights, predicted_boxes
+from sim_hf.structures import mask_boxes
 
 BOX = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
 
@@ -16,6 +17,13 @@ def test_predicted_box_is_the_tight_box_of_the_mask_in_input_pixels():
     mask_logits_NHW[0, 2:4, 3:7] = 1.0
     expected_N4 = torch.tensor([[12.0, 8.0, 28.0, 16.0], [0.0, 0.0, 0.0, 0.0]])
     assert torch.equal(predicted_boxes(mask_logits_NHW, 4.0), expected_N4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_predicted_boxes_equal_those_of_the_masks(dtype):
+    mask_logits_NHW = (torch.randn(40, 6, 8) - torch.rand(40, 1, 1) * 4).to(dtype)
+    assert torch.equal(predicted_boxes(mask_logits_NHW, 4.0), mask_boxes(mask_logits_NHW > 0, 4.0))
+    assert predicted_boxes(mask_logits_NHW[:0], 4.0).shape == (0, 4)
 
 
 def test_weights_by_hand():

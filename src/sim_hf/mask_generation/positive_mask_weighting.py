@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sim_hf.structures import box_iou_pairwise, mask_boxes
+from sim_hf.structures import box_iou_pairwise, boxes_of_shadows
 
 
 @torch.no_grad()
 def predicted_boxes(mask_logits_NHW: Tensor, stride: float) -> Tensor:
     """Tight boxes of the predicted masks (probability above 0.5). -> (N, 4) xyxy input pixels, zeros for an empty mask"""
-    return mask_boxes(mask_logits_NHW > 0, stride)
+    # A row is occupied when its largest logit is above 0: no mask is made.
+    return boxes_of_shadows(mask_logits_NHW.amax(-1) > 0, mask_logits_NHW.amax(-2) > 0, stride)
 
 
 @torch.no_grad()
