@@ -57,6 +57,16 @@ def test_equals_the_reference_for_shared_classes_and_images(dtype, autocast):
     torch.testing.assert_close(map_GHW.double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("feature_dim", [1, 8, 13, 256])
+def test_equals_the_plain_form_for_any_number_of_channels(feature_dim):
+    bank = filled_bank(feature_dim=feature_dim)
+    features_BCHW = torch.randn(2, feature_dim, 4, 5)
+    map_GHW = semantic_probability_map(features_BCHW, bank, make_targets([0, 1], [2, 1], 2))
+    unit_BCHW = torch.nn.functional.normalize(features_BCHW, dim=1)
+    cosine_GLHW = torch.einsum("glc,gchw->glhw", bank.prototypes_KLC[[2, 1]], unit_BCHW)
+    torch.testing.assert_close(map_GHW, (cosine_GLHW.amax(1) / 0.1).sigmoid(), rtol=0, atol=2e-6)
+
+
 def test_half_precision_features_near_the_maximum_stay_finite():
     features_BCHW = torch.full((1, 6, 2, 2), 6e4, dtype=torch.float16)
     assert semantic_probability_map(features_BCHW, filled_bank(), make_targets([0], [0], 1)).isfinite().all()

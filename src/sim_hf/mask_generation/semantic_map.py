@@ -1,6 +1,7 @@
 """Semantic probability map: how much a pixel looks like its class (SIM, Eq. 1).
 
-Shape letters: B images, G instances, P distinct (image, class) pairs, C channels, L prototypes, H W mask grid.
+Shape letters: B images, G instances, P distinct (image, class) pairs, C channels, L prototypes, H W mask grid, X a few
+of the channels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.structures import InstanceTargets
+
+_CHANNELS_AT_A_TIME = 8
 
 
 @torch.no_grad()
@@ -48,5 +51,12 @@ def _similarity_to_nearest(features_CHW: Tensor, prototypes_NLC: Tensor) -> Tens
         features_CHW = features_CHW.float()
         products_NLHW = torch.einsum("nlc,chw->nlhw", prototypes_NLC, features_CHW)
         # The length is positive and common to all prototypes: dividing after the maximum saves a copy of the features.
-        length_HW = torch.linalg.vector_norm(features_CHW, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-        return products_NLHW.amax(1) / length_HW
+        return products_NLHW.amax(1) / _length(features_CHW).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _length(features_CHW: Tensor) -> Tensor:
+    """Length of every pixel's feature vector, a few channels at a time: no copy of the features. -> (H, W)"""
+    squares_XHW = torch.zeros_like(features_CHW[:_CHANNELS_AT_A_TIME])
+    for part_XHW in features_CHW.split(_CHANNELS_AT_A_TIME):
+        squares_XHW[: len(part_XHW)].addcmul_(part_XHW, part_XHW)
+    return squares_XHW.sum(0).sqrt_()
