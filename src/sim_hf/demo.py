@@ -122,15 +122,12 @@ def _data(options: DemoOptions) -> DataArguments:
 def _arguments(
     options: DemoOptions, start: ModelArguments, data: DataArguments, supervision: str, output: Path
 ) -> ArgumentGroups:
-    """The tiny preset's settings (scripts/configs/tiny-sim.yaml). A trained start is refined, not learned anew: at half the
-    rate, and with little of the warm-ups that spare random masks."""
-    is_trained = start.model is not None
-    warmups = {"pairwise_warmup": 0.0, "pseudo_start": 0.05} if is_trained else {}
+    """The tiny preset's settings (scripts/configs/tiny-sim.yaml)."""
     run = RunArguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
         batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
-        learning_rate=2.5e-4 if is_trained else 5e-4,
+        learning_rate=5e-4 if start.model is None else 2.5e-4,  # a trained start is refined, not learned anew
         seed=options.seed,
         mixed_precision="auto",
         eval_every=0,
@@ -138,8 +135,7 @@ def _arguments(
         report_to=["none"],
         log_every=25,
     )
-    criterion = SupervisionArguments(supervision=supervision, pairwise_dilation=1, color_threshold=0.1, **warmups)
-    return start, data, criterion, run
+    return start, data, SupervisionArguments(supervision=supervision, pairwise_dilation=1, color_threshold=0.1), run
 
 
 def _with_steps(arguments: ArgumentGroups, steps: int) -> ArgumentGroups:
