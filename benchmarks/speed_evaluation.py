@@ -157,7 +157,7 @@ class Blobs:
         corners = self.centers_n2[:, None] + self.radii_n2[:, None] * waves[..., None] * np.stack(
             [np.cos(angles), np.sin(angles)], -1
         )
-        return corners.clip((0, 0), (WIDTH, HEIGHT)).round(2).reshape(len(corners), -1).tolist()
+        return corners.clip((0, 0), (WIDTH, HEIGHT)).round(2).reshape(len(corners), 2 * corners.shape[1]).tolist()
 
     def run_lengths(self) -> list[dict[str, Any]]:
         polygons = self.polygons()
