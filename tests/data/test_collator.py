@@ -107,3 +107,8 @@ def test_wrong_settings_and_empty_batches_are_refused():
         DetectionCollator(MEAN, STD, size_divisor=0)
     with pytest.raises(ValueError, match="at least one"):
         DetectionCollator(MEAN, STD)([])
+
+
+def test_an_image_of_one_channel_is_refused():
+    with pytest.raises(ValueError, match=r"expected an image of shape \(3, 5, 4\), got \(1, 5, 4\)"):
+        normalize(torch.zeros(1, 5, 4, dtype=torch.uint8), (0.5,) * 3, (0.2,) * 3, out=torch.empty(3, 5, 4))

@@ -160,3 +160,8 @@ def test_wrong_arguments_say_what_came(options, message):
         self_correction(torch.rand(1, 2, 2), torch.rand(1, 2, 2), FULL_BOX, stride=4.0, **options)
     with pytest.raises(ValueError, match="semantic map"):
         self_correction(torch.rand(1, 2, 2), torch.rand(2, 2, 2), FULL_BOX, stride=4.0)
+
+
+def test_adaptive_threshold_of_no_instance_is_empty():
+    threshold = adaptive_threshold(torch.zeros(0, 4, 4), torch.zeros(0, dtype=torch.long), (0.7, 0.8))
+    assert threshold.shape == (0,)

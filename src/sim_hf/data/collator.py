@@ -63,6 +63,8 @@ class DetectionCollator:
 
 def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """uint8 RGB (..., 3, H, W) -> float32, (value / 255 - mean) / std; written into `out`, if given."""
+    if out is not None and out.shape != image.shape:  # copy_ would repeat the one channel of a gray image
+        raise ValueError(f"expected an image of shape {tuple(out.shape)}, got {tuple(image.shape)}")
     mean_311, std_311 = _per_channel(mean, image), _per_channel(std, image)
     values = image.to(torch.float32, copy=True) if out is None else out.copy_(image)
     return values.mul_(1 / (255 * std_311)).sub_(mean_311 / std_311)

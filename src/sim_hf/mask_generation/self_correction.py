@@ -69,7 +69,7 @@ def self_correction(
 @torch.no_grad()
 def adaptive_threshold(values_GHW: Tensor, num_wanted_G: Tensor, limits: tuple[float, float]) -> Tensor:
     """The value that exactly `num_wanted_G` values of an instance exceed (up to ties), clamped to `limits`. -> (G,)"""
-    instances_V = torch.arange(len(values_GHW), device=values_GHW.device).repeat_interleave(values_GHW[0].numel())
+    instances_V = torch.arange(len(values_GHW), device=values_GHW.device).repeat_interleave(values_GHW.shape[1:].numel())
     return _threshold(values_GHW.flatten(), instances_V, num_wanted_G, limits)
 
 
