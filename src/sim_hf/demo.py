@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,11 +151,12 @@ def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
     trial.model.train()
     trial.step.train()
     stream = iter(trial.batches)
-    trial.optimizer_step(stream)
-    started = time.perf_counter()
-    for _ in range(4):
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
         trial.optimizer_step(stream)
-    seconds = (time.perf_counter() - started) / 4
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times)  # the first steps warm up, and other programs may disturb some
     steps = max(20, min(run.max_steps, int(0.92 * 60 * minutes / seconds)))
     print(
         f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes"

@@ -20,6 +20,7 @@ from transformers.models.swin.modeling_swin import SwinBackbone
 from .backbone_config import FEATURE_STRIDES
 from .configuration_sim import SIMConfig
 from .deformable_attention import SIMDeformableAttention
+from .frozen_batch_norm import fold_batch_norms
 from .padding import downsample_valid, sine_position_embedding
 
 PLAIN_TRANSFORMERS = ("dinov2", "dinov2_with_registers")
@@ -115,6 +116,7 @@ class SIMPixelLevelModule(nn.Module):
         super().__init__()
         self.freeze_batch_norm = config.freeze_batch_norm
         self.encoder = AutoBackbone.from_config(config.backbone_config)
+        fold_batch_norms(self.encoder)
         if len(self.encoder.channels) != len(FEATURE_STRIDES):
             raise ValueError(
                 f"the backbone must give {len(FEATURE_STRIDES)} feature maps, got {len(self.encoder.channels)}; set the"
