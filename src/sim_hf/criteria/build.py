@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from sim_hf.criteria.base import MaskCriterion
+from sim_hf.criteria.bbtp import BBTPCriterion
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.criteria.fully_supervised import FullySupervisedCriterion
+from sim_hf.criteria.level_set import LevelSetCriterion
+from sim_hf.criteria.matcher import HungarianMatcher
+from sim_hf.criteria.matching_costs import MatchingBy, box_matching_cost, projection_matching_cost
 from sim_hf.criteria.set_criterion import SetCriterion
 from sim_hf.criteria.sim import SIMCriterion
 from sim_hf.mask_generation import PrototypeBank, PseudoMaskGenerator
@@ -28,8 +33,36 @@ def build_boxinst(*, supervision, num_classes: int, feature_dim: int, steps: Cal
     )
 
 
+def build_level_set(*, supervision, num_classes: int, feature_dim: int, steps: Callable[[float], int]) -> LevelSetCriterion:
+    return LevelSetCriterion(
+        projection_weight=supervision.projection_weight,
+        image_weight=supervision.level_set_image_weight,
+        feature_weight=supervision.level_set_feature_weight,
+        consistency_weight=supervision.consistency_weight,
+        consistency_iterations=supervision.consistency_iterations,
+        dilation=supervision.pairwise_dilation,
+        mask_weight=supervision.mask_weight,
+        dice_weight=supervision.dice_weight,
+    )
+
+
+def build_bbtp(*, supervision, num_classes: int, feature_dim: int, steps: Callable[[float], int]) -> BBTPCriterion:
+    return BBTPCriterion(
+        tightness_weight=supervision.tightness_weight,
+        smoothness_weight=supervision.smoothness_weight,
+        mask_weight=supervision.mask_weight,
+        dice_weight=supervision.dice_weight,
+    )
+
+
 def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callable[[float], int]) -> SIMCriterion:
-    bank = PrototypeBank(num_classes, supervision.num_prototypes, feature_dim, momentum=supervision.prototype_momentum)
+    bank = PrototypeBank(
+        num_classes,
+        supervision.num_prototypes,
+        feature_dim,
+        momentum=supervision.prototype_momentum,
+        hard_assignment=supervision.hard_assignment,
+    )
     generator = PseudoMaskGenerator(bank, alpha=supervision.alpha, temperature=supervision.temperature, mu=supervision.mu)
     start = steps(supervision.pseudo_start)
     return SIMCriterion(
@@ -43,7 +76,16 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
     )
 
 
-MASK_CRITERIA: dict[str, Callable[..., Any]] = {"full": build_full, "boxinst": build_boxinst, "sim": build_sim}
+MASK_CRITERIA: dict[str, Callable[..., Any]] = {
+    "full": build_full,
+    "boxinst": build_boxinst,
+    "level_set": build_level_set,
+    "bbtp": build_bbtp,
+    "sim": build_sim,
+}
+
+# "own": the supervision's own cost (masks for `full`, projections for all others)
+MATCHING_COSTS = {"own": None, "projections": projection_matching_cost, "boxes": box_matching_cost}
 
 DETECTION_CRITERIA: dict[str, type[SetCriterion]] = {"sim": SetCriterion}  # by the model_type of the architecture
 
@@ -60,7 +102,7 @@ def build_criterion(supervision, model_config, *, steps: Callable[[float], int])
         feature_dim=model_config.mask_feature_size,
         steps=steps,
     )
-    return DETECTION_CRITERIA[model_config.model_type](
+    criterion = DETECTION_CRITERIA[model_config.model_type](
         mask_criterion,
         num_queries=model_config.num_queries,
         class_weight=supervision.class_weight,
@@ -68,3 +110,8 @@ def build_criterion(supervision, model_config, *, steps: Callable[[float], int])
         class_cost=supervision.class_cost,
         mask_cost=supervision.mask_cost,
     )
+    cost = MATCHING_COSTS[supervision.matching]
+    if cost is not None:
+        stand_in = cast(MaskCriterion, MatchingBy(cost))  # the matcher asks for the cost only
+        criterion.matcher = HungarianMatcher(stand_in, class_cost=supervision.class_cost, mask_cost=supervision.mask_cost)
+    return criterion

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from sim_hf.criteria.build import MASK_CRITERIA
+from sim_hf.criteria.build import MASK_CRITERIA, MATCHING_COSTS
 
 
 @dataclass
@@ -89,6 +89,10 @@ class SupervisionArguments:
     no_object_weight: float = field(default=0.1, metadata={"help": "Class weight of 'no object'."})
     class_cost: float = field(default=2.0, metadata={"help": "Matching: weight of the class."})
     mask_cost: float = field(default=5.0, metadata={"help": "Matching: weight of the projections (or masks, for full)."})
+    matching: str = field(
+        default="own",
+        metadata={"help": "Mask cost of the matching: own (full: masks; else projections), projections, boxes (L1 + GIoU)."},
+    )
     mask_weight: float = field(default=5.0, metadata={"help": "BCE weight where a real mask is given."})
     dice_weight: float = field(default=5.0, metadata={"help": "Dice weight where a real mask is given."})
     projection_weight: float = field(default=5.0, metadata={"help": "BoxInst's projection loss."})
@@ -96,11 +100,20 @@ class SupervisionArguments:
     pairwise_warmup: float = field(default=1 / 9, metadata={"help": "Linear warm-up of the pairwise loss (steps or fraction)."})
     color_threshold: float = field(default=0.3, metadata={"help": "Colour similarity above which neighbours must agree."})
     pairwise_dilation: int = field(default=2, metadata={"help": "Dilation of the 3x3 neighbourhood on the mask grid."})
+    level_set_image_weight: float = field(default=0.05, metadata={"help": "Box2Mask's region energy of the colours."})
+    level_set_feature_weight: float = field(default=5.0, metadata={"help": "Box2Mask's region energy of the mask features."})
+    consistency_weight: float = field(default=0.2, metadata={"help": "Box2Mask's local consistency loss."})
+    consistency_iterations: int = field(default=10, metadata={"help": "Refinements of the mask in the local consistency loss."})
+    tightness_weight: float = field(default=5.0, metadata={"help": "BBTP's loss of rows and columns."})
+    smoothness_weight: float = field(default=0.25, metadata={"help": "BBTP's smoothness; 0.05 of the tightness in the paper."})
     pseudo_weight: float = field(default=0.5, metadata={"help": "lambda_1, the pseudo mask loss."})
     pseudo_start: float = field(default=1 / 9, metadata={"help": "When the pseudo mask loss starts (steps or fraction)."})
     pseudo_ramp: float = field(default=0.0, metadata={"help": "Linear ramp of the pseudo mask loss after its start."})
     num_prototypes: int = field(default=10, metadata={"help": "Prototypes per class (the paper's L)."})
     prototype_momentum: float = field(default=0.999, metadata={"help": "EMA of the prototypes (gamma)."})
+    hard_assignment: bool = field(
+        default=True, metadata={"help": "A pixel moves one prototype (arg-max of the transport) instead of all by its shares."}
+    )
     temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
     alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
     mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
@@ -226,6 +239,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         raise ValueError(f"--mosaic must be a probability in 0..1, got {data.mosaic}")
     if supervision.supervision not in MASK_CRITERIA:
         raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
+    if supervision.matching not in MATCHING_COSTS:
+        raise ValueError(f"--matching must be one of {', '.join(MATCHING_COSTS)}, got {supervision.matching!r}")
     if run.gradient_accumulation_steps < 1 or run.batch_size % run.gradient_accumulation_steps:
         raise ValueError(
             f"--gradient_accumulation_steps ({run.gradient_accumulation_steps}) must divide --batch_size ({run.batch_size})"
