@@ -166,28 +166,91 @@ def test_a_mask_that_fills_the_image_fills_it_to_the_last_pixel():
         assert result["masks"].all() and result["boxes"].tolist() == [[0, 0, original[1], original[0]]]
 
 
-@pytest.mark.parametrize(("original", "size"), [((128, 96), (128, 96)), ((200, 333), (77, 128)), ((40, 31), (128, 99))])
-def test_masks_equal_a_bilinear_resize_of_the_cropped_logits(original, size):
-    """Slow reference: every pixel reads the grid by hand, on noise, where nothing is smooth."""
+SIZES = [((128, 96), (128, 96)), ((200, 333), (77, 128)), ((40, 31), (128, 99)), ((128, 61), (128, 128)), ((90, 90), (125, 9))]
+
+
+def linear_resize(length, scale, count):
+    """(length, count): the shares of `count` places in each of `length` outputs, by hand."""
+    matrix = torch.zeros(length, count, dtype=torch.float64)
+    for row in range(length):
+        position = min(max((row + 0.5) * scale - 0.5, 0), count - 1)
+        low = int(position)
+        matrix[row, low] += 1 - (position - low)
+        matrix[row, min(low + 1, count - 1)] += position - low
+    return matrix
+
+
+@pytest.mark.parametrize(("original", "size"), SIZES)
+def test_masks_equal_two_bilinear_resizes_of_the_cropped_logits(original, size):
+    """Slow reference: every pixel of both steps by hand, on noise, where nothing is smooth."""
     logits = torch.randn(1, 3, 32, 32)
     cells = [-(-length // 4) for length in size]
     outputs = outputs_for([[*logits[0]]], [[0, 1, 2]], grid=(32, 32))
     (result,) = SIMImageProcessor(size_divisor=32).post_process_instance_segmentation(outputs, [original], [size], threshold=0.0)
-    axes = []
-    for length, input_length, count in zip(original, size, cells, strict=True):
-        positions = [min(max((p + 0.5) * input_length / length / 4 - 0.5, 0), count - 1) for p in range(length)]
-        matrix = torch.zeros(length, count, dtype=torch.float64)
-        for row, position in enumerate(positions):
-            low = int(position)
-            matrix[row, low] += 1 - (position - low)
-            matrix[row, min(low + 1, count - 1)] += position - low
-        axes.append(matrix)
+    axes = [
+        linear_resize(length, input_length / length, input_length) @ linear_resize(input_length, 1 / 4, count)
+        for length, input_length, count in zip(original, size, cells, strict=True)
+    ]
     confident = result["scores"] > 0.4
     assert confident.sum() == 3
     for mask, label in zip(result["masks"][confident], result["labels"][confident], strict=True):
         reference = axes[0] @ logits[0, label, : cells[0], : cells[1]].double() @ axes[1].T
-        certain = reference.abs() > 1e-5
+        certain = reference.abs() > 1e-4
         assert torch.equal(mask[certain], (reference > 0)[certain])
+
+
+@pytest.mark.parametrize(("original", "size"), [*SIZES, ((61, 130), (253, 254))])
+def test_no_pixel_differs_from_interpolating_the_whole_grid_twice(original, size):
+    """With a grid whose padding repeats the image's last cells, torch's own resizing of all of it, float32."""
+    coarse = torch.randn(1, 20, 9, 9, generator=torch.Generator().manual_seed(1))
+    logits = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    rows, columns = (-(-length // 4) for length in size)
+    logits[:, :, rows:] = logits[:, :, rows - 1 : rows]
+    logits[..., columns:] = logits[..., columns - 1 : columns]
+    outputs = outputs_for([[*logits[0]]], [[0] * 20], grid=(64, 64))
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(
+        outputs, [original], [size], threshold=0.5, max_instances=20
+    )
+    assert len(result["masks"]) > 10
+    padded = torch.nn.functional.interpolate(logits, (256, 256), mode="bilinear", align_corners=False)
+    cut = padded[..., : size[0], : size[1]]
+    whole = torch.nn.functional.interpolate(cut, original, mode="bilinear", align_corners=False)[0] > 0
+    found = {mask.numpy().tobytes() for mask in result["masks"]}
+    assert found <= {mask.numpy().tobytes() for mask in whole}
+
+
+def test_crops_are_the_masks_inside_their_boxes():
+    grid = (32, 32)
+    masks = [disc_logits(grid, (50, 50), 30), disc_logits(grid, (70, 60), 25), torch.full(grid, -5.0), torch.full(grid, 5.0)]
+    outputs = outputs_for([masks], [[0, 1, 2, 2]], grid=grid)
+    outputs.class_queries_logits[0, 0, 1] = outputs.class_queries_logits[0, 0, 0] - 0.1  # one query, two classes
+    processor = SIMImageProcessor()
+    arguments = (outputs, [(200, 150)], [(125, 99)])
+    (full,) = processor.post_process_instance_segmentation(*arguments, threshold=0.1)
+    (found,) = processor.post_process_crops(*arguments, threshold=0.1)
+    for name in ("scores", "labels", "boxes"):
+        assert torch.equal(found[name], full[name])
+    assert len(found["crops"]) == len(full["masks"]) == 4
+    assert len({id(crop) for crop in found["crops"]}) == 3
+    for crop, corner, mask, box in zip(found["crops"], found["corners"], full["masks"], full["boxes"].long(), strict=True):
+        left, top, right, bottom = box.tolist()
+        assert corner.tolist() == [left, top]
+        assert torch.equal(crop.T, mask[top:bottom, left:right]) and mask.sum() == crop.sum()
+
+
+def test_a_threshold_leaves_the_scores_of_the_rest_as_they_are():
+    """Queries below it are not looked at."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.nn.functional.interpolate(torch.randn(1, 30, 5, 5, generator=generator), (32, 32), mode="bilinear")
+    outputs = outputs_for([[*logits[0]]], [[0] * 30], grid=(32, 32))
+    outputs.class_queries_logits = 2 * torch.randn(outputs.class_queries_logits.shape, generator=generator)
+    process = SIMImageProcessor().post_process_instance_segmentation
+    (everything,) = process(outputs, [(128, 128)], [(128, 128)], threshold=0.0, max_instances=90)
+    (sure,) = process(outputs, [(128, 128)], [(128, 128)], threshold=0.45, max_instances=90)
+    count = len(sure["scores"])
+    assert 0 < count < 30 and everything["scores"][count] < 0.45
+    for name in sure:
+        assert torch.equal(sure[name], everything[name][:count])
 
 
 def test_score_is_class_probability_times_mean_mask_probability():

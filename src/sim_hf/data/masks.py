@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sim_hf.data.run_lengths import read_runs
+from sim_hf.data.run_lengths import crop_runs, read_runs
 
 MIN_POLYGON_NUMBERS = 6  # three corners
 
@@ -61,36 +61,25 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     if mask_HW.ndim != 2:
         raise ValueError(f"a mask must be (height, width), got {mask_HW.shape}")
     height, width = mask_HW.shape
-    if mask_HW.dtype == np.bool_:
-        counts: Any = {"size": [height, width], "counts": _runs(mask_HW)}
-        run_lengths: Any = coco_mask.frPyObjects(counts, height, width)
-    else:
-        run_lengths = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    return {"size": [int(height), int(width)], "counts": run_lengths["counts"].decode("ascii")}
-
-
-def _runs(mask_HW: np.ndarray) -> np.ndarray:
-    """Lengths of the runs down the columns, background first, from the mask's box alone.
-
-    Turning a whole mask column by column, as pycocotools' encoder needs it, costs more than the encoding; most are small.
-    """
-    height, width = mask_HW.shape
+    if mask_HW.dtype != np.bool_:
+        run_lengths: Any = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+        return {"size": [int(height), int(width)], "counts": run_lengths["counts"].decode("ascii")}
+    # Turning a whole mask column by column, as pycocotools' encoder needs it, costs more than the encoding; most are small.
     rows = np.flatnonzero(mask_HW.any(1))
     if not len(rows):
-        return np.array([height * width])
+        return encode_crop(np.zeros((0, 0), dtype=bool), 0, 0, (height, width))
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     columns = np.flatnonzero(mask_HW[top:bottom].any(0))
     left, right = int(columns[0]), int(columns[-1]) + 1
-    # A row of background ends the runs at the foot of a column; of full columns they go on into the next one.
-    step = bottom - top + (bottom - top < height)
-    flat = np.zeros((right - left) * step + 1, dtype=bool)
-    flat[:-1].reshape(right - left, step)[:, : bottom - top] = mask_HW[top:bottom, left:right].T
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    if flat[0]:
-        changes = np.concatenate([[0], changes])
-    column, row = np.divmod(changes, step)
-    runs = np.diff((column + left) * height + row + top, prepend=0, append=height * width)
-    return runs if runs[-1] else runs[:-1]
+    return encode_crop(mask_HW[top:bottom, left:right].T, left, top, (height, width))
+
+
+def encode_crop(crop_ST: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What `encode_rle` gives for a mask of this size (height, width) that is empty outside of a box. crop_ST: the inside of
+    the box, S columns of T rows; left, top: its first column and row."""
+    counts: Any = {"size": list(size), "counts": crop_runs(crop_ST, left, top, size)}
+    run_lengths: Any = coco_mask.frPyObjects(counts, *size)
+    return {"size": [int(side) for side in size], "counts": run_lengths["counts"].decode("ascii")}
 
 
 def _are_canonical(rles: Sequence[Any]) -> bool:

@@ -4,7 +4,7 @@ A text holds the runs of a mask down its columns, background first. Each number 
 character a digit: character 48 + digit, + 32 where another digit follows; the highest bit of the last digit is the sign. From
 the fourth on a number is the difference to the run two before it.
 
-Shape letters: N texts, M numbers of all texts one after the other, L characters of all texts.
+Shape letters: N texts, M numbers of all texts one after the other, L characters of all texts; S T columns and rows of a box.
 """
 
 from __future__ import annotations
@@ -58,6 +58,25 @@ def read_runs(texts: Sequence[bytes]) -> Runs:
     if (runs_M < 0).any():
         raise ValueError("`counts` has a run of negative length")
     return Runs(runs_M, first_N, is_shortest)
+
+
+def crop_runs(crop_ST: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """Lengths of the runs of a mask of this size (height, width) that is empty outside of a box, background first.
+
+    crop_ST: the inside of the box, bool, column by column; left, top: its first column and row.
+    """
+    height, width = size
+    num_columns, num_rows = crop_ST.shape
+    # A row of background ends the runs at the foot of a column; of full columns they go on into the next one.
+    step = num_rows + (num_rows < height)
+    flat = np.zeros(num_columns * step + 1, dtype=bool)
+    flat[:-1].reshape(num_columns, step)[:, :num_rows] = crop_ST
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat[0]:
+        changes = np.concatenate([[0], changes])
+    column, row = np.divmod(changes, max(step, 1))
+    runs = np.diff((column + left) * height + row + top, prepend=0, append=height * width)
+    return runs if runs[-1] or len(runs) == 1 else runs[:-1]
 
 
 def _read_numbers(digits_L: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -7,13 +7,14 @@ A area ranges, M values of `max_detections`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed
 from pycocotools import mask as coco_mask
 
+from sim_hf.data.cropped_masks import CroppedMasks
 from sim_hf.data.masks import checked_rles, encode_rle
 from sim_hf.evaluation.coco_backend import IouType, precision_and_recall
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
@@ -210,6 +211,7 @@ def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequ
         raise ValueError(f"image {image_id}: {len(rles)} masks for {count} scores")
     if rles is None and boxes_n4 is None:
         raise ValueError(f"image {image_id}: a result needs masks, rles or boxes, got {sorted(result)}")
+    mask_boxes_n4 = coco_mask.toBbox(cast(Any, rles)).tolist() if rles else []  # all at once: a call costs more than a box
     predictions = []
     for position in range(count):
         prediction = {
@@ -219,7 +221,7 @@ def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequ
         }
         if rles is not None:
             prediction["segmentation"] = rles[position]
-            prediction["bbox"] = coco_mask.toBbox(rles[position]).tolist()
+            prediction["bbox"] = mask_boxes_n4[position]
         elif boxes_n4 is not None:
             x1, y1, x2, y2 = boxes_n4[position].tolist()
             prediction["bbox"] = [x1, y1, x2 - x1, y2 - y1]
@@ -274,6 +276,8 @@ def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[Any] | None:
             raise ValueError(f"image {image_id}: {error}") from error
     if masks_nHW is None:
         return None
+    if isinstance(masks_nHW, CroppedMasks):
+        return masks_nHW.run_lengths()
     masks_nHW = torch.as_tensor(masks_nHW).detach()
     if masks_nHW.dtype != torch.bool or masks_nHW.ndim != 3:
         raise ValueError(f"image {image_id}: masks must be bool (n, H, W), got {masks_nHW.dtype} {tuple(masks_nHW.shape)}")

@@ -1,6 +1,7 @@
 """A model over many images: batched, sharded over processes, in the one result format.
 
-A result is {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy of the original image, "masks" (n, H, W) bool}.
+A result is {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy of the original image, "masks"}, on the CPU; the masks are
+`CroppedMasks`, which read like a tensor (n, H, W) bool and become run lengths without one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from sim_hf.data.cropped_masks import CroppedMasks
 from sim_hf.data.images import read_image
 
 
@@ -42,7 +44,7 @@ def predict_images(
     threshold: float = 0.5,
     max_instances: int = 100,
     allowed_labels: Sequence[int] | None = None,
-) -> list[dict[str, torch.Tensor]]:
+) -> list[dict[str, Any]]:
     """Results of a batch of RGB images. allowed_labels: classes that may be predicted (None: all); the others are left out
     before the best `max_instances` are chosen, so a data set with fewer classes than the model is judged fairly."""
     device = next(model.parameters()).device
@@ -52,14 +54,20 @@ def predict_images(
         barred = torch.ones(outputs.class_queries_logits.shape[-1], dtype=torch.bool, device=device)
         barred[[*allowed_labels, -1]] = False
         outputs.class_queries_logits = outputs.class_queries_logits.masked_fill(barred, float("-inf"))
-    results = processor.post_process_instance_segmentation(
+    results = processor.post_process_crops(
         outputs,
         original_sizes=inputs["original_sizes"],
         input_sizes=inputs["input_sizes"],
         threshold=threshold,
         max_instances=max_instances,
     )
-    return [{name: value.cpu() for name, value in result.items()} for result in results]
+    return [
+        {
+            **{name: result[name].cpu() for name in ("scores", "labels", "boxes")},
+            "masks": CroppedMasks(result["crops"], result["corners"], (picture.height, picture.width)),
+        }
+        for result, picture in zip(results, images, strict=True)
+    ]
 
 
 def predict_rows(
@@ -75,7 +83,7 @@ def predict_rows(
     num_processes: int = 1,
     limit: int | None = None,
     progress: str | None = None,
-) -> Iterator[tuple[dict, Image.Image, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[dict, Image.Image, dict[str, Any]]]:
     """(row, picture, result) for this process's share of a data set; every image exactly once over all processes."""
     total = len(rows) if limit is None else min(limit, len(rows))
     mine = range(process_index, total, num_processes)

@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import ModelOutput
 
-from .instance_postprocessing import image_instances
+from .instance_postprocessing import ImageGeometry, full_masks, image_instances
 
 PRESET_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"longest_edge": 256},
@@ -136,8 +136,28 @@ class SIMImageProcessor(TorchvisionBackend):
 
         original_sizes, input_sizes: (height, width) of each image before resizing and before padding, as this processor
         returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former);
-        one query may appear for several classes. Masks may overlap; a box is the tight box of its mask.
+        one query may appear for several classes. Masks may overlap; a box is the tight box of its mask. Mask logits are
+        resized twice, as by Mask2Former: to the input, of which the image's part is taken, and to the original image.
         """
+        results = []
+        sizes = _sizes("original_sizes", original_sizes, len(outputs.masks_queries_logits))
+        options = {"threshold": threshold, "mask_threshold": mask_threshold, "max_instances": max_instances}
+        for size, found in zip(sizes, self.post_process_crops(outputs, sizes, input_sizes, **options), strict=True):
+            results.append({**{name: found[name] for name in ("scores", "labels", "boxes")}, "masks": full_masks(found, size)})
+        return results
+
+    @torch.no_grad()
+    def post_process_crops(
+        self,
+        outputs: ModelOutput,
+        original_sizes: Tensor | list[tuple[int, int]],
+        input_sizes: Tensor | list[tuple[int, int]],
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        max_instances: int = 100,
+    ) -> list[dict[str, Any]]:
+        """The same instances without a mask of the image's size: instead of `masks`, per instance the mask inside its box,
+        `crops` (width, height) bool, column by column, and in `corners` (n, 2) the column and row of its first pixel."""
         class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
         originals = _sizes("original_sizes", original_sizes, len(mask_logits))
         inputs = _sizes("input_sizes", input_sizes, len(mask_logits))
@@ -145,9 +165,7 @@ class SIMImageProcessor(TorchvisionBackend):
             image_instances(
                 class_logits[index].float(),
                 mask_logits[index].float(),
-                original_size=originals[index],
-                input_size=inputs[index],
-                stride=self.mask_stride,
+                ImageGeometry(originals[index], inputs[index], self.mask_stride),
                 threshold=threshold,
                 mask_threshold=mask_threshold,
                 max_instances=max_instances,

@@ -1,124 +1,184 @@
-"""From the class and mask logits of one image to instances at the image's own size.
+"""From the class and mask logits of one image to instances at the image's own size, each mask kept as the part in its box.
 
-The mask grid covers the padded input; an image covers the cells up to its input size divided by the stride, which need not
-be whole. A pixel of the original image therefore reads the grid at ((y + 0.5) * input / original) / stride - 0.5,
-bilinearly, and only from cells that hold some of the image. Shape letters: Q queries, K classes, N instances, H and W rows
-and columns of the original image, h and w of the image's part of the mask grid.
+A mask is made at full resolution only where its cells are: nothing of the image's size exists per instance, which is most of
+the time and of the memory of the usual way. Shape letters: Q queries, K classes, N instances, H and W rows and columns of the
+original image, h and w of the image's part of the mask grid, T and S rows and columns of a crop.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .two_step_resizing import TwoStepAxis
+
 _EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """Sizes are (height, width): of the image before resizing, and of the network's input before padding."""
+
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    stride: int
+
+    def axes(self, grid_size: Sequence[int], device: torch.device) -> tuple[TwoStepAxis, TwoStepAxis]:
+        """Of rows and columns. A mask grid that is too small for them is of another batch."""
+        y_axis, x_axis = (
+            TwoStepAxis(original, resized, self.stride, device)
+            for original, resized in zip(self.original_size, self.input_size, strict=True)
+        )
+        if y_axis.num_cells > grid_size[0] or x_axis.num_cells > grid_size[1]:
+            raise ValueError(
+                f"an input of {self.input_size} needs {y_axis.num_cells} x {x_axis.num_cells} mask cells at stride"
+                f" {self.stride}, but the masks have only {tuple(grid_size)}: are these the sizes of this batch?"
+            )
+        return y_axis, x_axis
 
 
 def image_instances(
     class_logits_QK: Tensor,
     mask_logits_Qhw: Tensor,
+    geometry: ImageGeometry,
     *,
-    original_size: tuple[int, int],
-    input_size: tuple[int, int],
-    stride: int,
     threshold: float,
     mask_threshold: float,
     max_instances: int,
-) -> dict[str, Tensor]:
-    """The instances of one image, best first -> scores (N,), labels (N,), boxes (N, 4) xyxy, masks (N, H, W) bool."""
+) -> dict[str, Any]:
+    """The instances of one image, best first -> `scores` (N,), `labels` (N,), `boxes` (N, 4) xyxy on the device of the logits,
+    and on the CPU `corners` (N, 2) and `crops`, N masks (S, T) bool. A crop is what lies in a mask's box, column by column,
+    as run lengths go; its first pixel is in column and row `corners`. Instances of one query share a crop."""
     if not 0.0 < mask_threshold < 1.0:
         raise ValueError(f"mask_threshold must lie between 0 and 1, got {mask_threshold}")
-    rows, columns = (math.ceil(length / stride) for length in input_size)
-    if rows > mask_logits_Qhw.shape[1] or columns > mask_logits_Qhw.shape[2]:
-        raise ValueError(
-            f"an input of {input_size} needs {rows} x {columns} mask cells at stride {stride}, but the masks have only"
-            f" {tuple(mask_logits_Qhw.shape[1:])}: are these the sizes of this batch?"
-        )
     cut = math.log(mask_threshold / (1 - mask_threshold))
-    mask_logits_Qhw = mask_logits_Qhw[:, :rows, :columns]
-    scores_QK = class_logits_QK.softmax(-1)[:, :-1] * _mask_scores(mask_logits_Qhw, cut)[:, None]
-    num_classes = scores_QK.shape[1]
+    y_axis, x_axis = geometry.axes(mask_logits_Qhw.shape[1:], mask_logits_Qhw.device)
+    probabilities_QK = class_logits_QK.softmax(-1)[:, :-1]
+    # The score of a mask is at most 1: where no class reaches the threshold, the mask need not be looked at.
+    possible_Q = (probabilities_QK >= threshold).any(1)
+    if not bool(possible_Q.all()):
+        probabilities_QK, mask_logits_Qhw = probabilities_QK[possible_Q], mask_logits_Qhw[possible_Q]
+    mask_logits_Qhw = mask_logits_Qhw[:, : y_axis.num_cells, : x_axis.num_cells]
+    spans = _cell_spans(mask_logits_Qhw, cut)
+    scores_QK = probabilities_QK * _mask_scores(mask_logits_Qhw, spans, cut)[:, None]
     scores_N, index_N = scores_QK.flatten().topk(min(max_instances, scores_QK.numel()))
     keep_N = (scores_N >= threshold) & (scores_N > 0)
     scores_N, index_N = scores_N[keep_N], index_N[keep_N]
-    query_N = torch.div(index_N, num_classes, rounding_mode="floor")
-
-    y_axis = _sampling_axis(original_size[0], input_size[0], stride, rows, mask_logits_Qhw.device)
-    x_axis = _sampling_axis(original_size[1], input_size[1], stride, columns, mask_logits_Qhw.device)
-    masks_NHW, boxes_N4 = _full_size_masks(mask_logits_Qhw[query_N], y_axis, x_axis, cut)
-    present_N = boxes_N4[:, 2] > 0
+    queries = torch.div(index_N, probabilities_QK.shape[1], rounding_mode="floor").tolist()
+    pieces = {query: _Piece.resized(mask_logits_Qhw[query], spans[query], y_axis, x_axis, cut) for query in set(queries)}
+    crops = _tight_crops(pieces)
+    present = [position for position, query in enumerate(queries) if query in crops]
+    found = [crops[queries[position]] for position in present]
+    boxes_N4 = torch.tensor([crop.box() for crop in found], dtype=torch.float32).reshape(-1, 4)
     return {
-        "scores": scores_N[present_N],
-        "labels": (index_N % num_classes)[present_N],
-        "boxes": boxes_N4[present_N],
-        "masks": masks_NHW if bool(present_N.all()) else masks_NHW[present_N],
+        "scores": scores_N[present],
+        "labels": (index_N % probabilities_QK.shape[1])[present],
+        "boxes": boxes_N4.to(mask_logits_Qhw.device),
+        "corners": boxes_N4[:, :2].long(),
+        "crops": [crop.mask_ST for crop in found],
     }
 
 
-def _mask_scores(mask_logits_Qhw: Tensor, cut: float) -> Tensor:
+def full_masks(instances: dict[str, Any], size: tuple[int, int]) -> Tensor:
+    """Crops and corners of `image_instances` -> masks (N, H, W) bool on the device of the scores."""
+    crops: list[Tensor] = instances["crops"]
+    masks_NHW = torch.zeros(len(crops), *size, dtype=torch.bool, device=instances["scores"].device)
+    for mask_HW, crop_ST, (left, top) in zip(masks_NHW, crops, instances["corners"].tolist(), strict=True):
+        mask_HW[top : top + crop_ST.shape[1], left : left + crop_ST.shape[0]] = crop_ST.T
+    return masks_NHW
+
+
+_Span = tuple[int, int]  # first, and the one after the last
+
+
+def _cell_spans(mask_logits_Qhw: Tensor, cut: float) -> list[tuple[_Span, _Span] | None]:
+    """Rows and columns of each mask's box on the grid, None for an empty mask.
+
+    A linear mean exceeds the cut only where one of its cells does, so a mask lies above these cells and next to them.
+    """
+    if not len(mask_logits_Qhw):
+        return []
+    # The largest logits of rows and columns: no mask is made.
+    rows_Qh, columns_Qw = (mask_logits_Qhw.amax(axis) > cut for axis in (2, 1))
+    occupied_QL = torch.cat([rows_Qh, columns_Qw], 1).cpu().numpy()  # one transfer
+    rows_Qh, columns_Qw = np.split(occupied_QL, [rows_Qh.shape[1]], axis=1)
+    spans: list[tuple[_Span, _Span] | None] = []
+    for row, column in zip(rows_Qh, columns_Qw, strict=True):
+        rows, columns = _span(row), _span(column)
+        spans.append(None if rows is None or columns is None else (rows, columns))
+    return spans
+
+
+def _span(occupied_L: np.ndarray) -> _Span | None:
+    first = int(occupied_L.argmax())
+    return (first, len(occupied_L) - int(occupied_L[::-1].argmax())) if occupied_L[first] else None
+
+
+def _mask_scores(mask_logits_Qhw: Tensor, spans: list[tuple[_Span, _Span] | None], cut: float) -> Tensor:
     """Mean mask probability inside each mask -> (Q,); 0 for an empty one."""
-    inside_Qhw = mask_logits_Qhw > cut
-    total_Q = (mask_logits_Qhw.sigmoid() * inside_Qhw).sum((1, 2))
-    return total_Q / (inside_Qhw.sum((1, 2)) + _EPSILON)
+    nothing = mask_logits_Qhw.new_zeros(())
+    scores = []
+    for logits_hw, span in zip(mask_logits_Qhw, spans, strict=True):
+        if span is None:
+            scores.append(nothing)
+            continue
+        logits_hw = logits_hw[slice(*span[0]), slice(*span[1])]
+        inside_hw = logits_hw > cut
+        scores.append((logits_hw.sigmoid() * inside_hw).sum() / (inside_hw.sum() + _EPSILON))
+    return torch.stack(scores) if scores else mask_logits_Qhw.new_zeros(0)
 
 
 @dataclass
-class _SamplingAxis:
-    """Per output position along one axis: the two cells between which it lies, and the weight of the second."""
+class _Piece:
+    """A part of a mask, column by column, and the column and row of its first pixel."""
 
-    low: Tensor
-    high: Tensor
-    weight: Tensor
+    mask_ST: Tensor
+    left: int
+    top: int
 
-    def span(self, first_cell: int, last_cell: int) -> slice:
-        """The output positions that touch any cell from `first_cell` to `last_cell`."""
-        start = int(torch.searchsorted(self.high, first_cell))
-        stop = int(torch.searchsorted(self.low, last_cell, right=True))
-        return slice(start, stop)
+    @staticmethod
+    def resized(
+        logits_hw: Tensor, span: tuple[_Span, _Span] | None, y_axis: TwoStepAxis, x_axis: TwoStepAxis, cut: float
+    ) -> _Piece | None:
+        """All of a mask at the image's size, with some background; None where no pixel of the image reads its cells."""
+        if span is None:
+            return None
+        rows, columns = y_axis.pixels(*span[0]), x_axis.pixels(*span[1])
+        if rows[0] >= rows[1] or columns[0] >= columns[1]:
+            return None
+        logits_hw = logits_hw[slice(*y_axis.cells(*rows)), slice(*x_axis.cells(*columns))]
+        logits_wT = y_axis.resize(logits_hw, *rows).T.contiguous()
+        return _Piece(x_axis.resize(logits_wT, *columns) > cut, columns[0], rows[0])
 
+    def tight(self) -> _Piece | None:
+        """Without the background around it; None for an empty one."""
+        mask_ST = self.mask_ST.numpy()
+        columns, rows = (_span(np.asarray(mask_ST.any(axis))) for axis in (1, 0))
+        if columns is None or rows is None:
+            return None
+        return _Piece(self.mask_ST[slice(*columns), slice(*rows)], self.left + columns[0], self.top + rows[0])
 
-def _sampling_axis(length: int, input_length: int, stride: int, num_cells: int, device: torch.device) -> _SamplingAxis:
-    pixel = torch.arange(length, device=device, dtype=torch.float64)
-    position = ((pixel + 0.5) * (input_length / length) / stride - 0.5).clamp(0, num_cells - 1)
-    low = position.floor().long()
-    return _SamplingAxis(low, (low + 1).clamp(max=num_cells - 1), (position - low).float())
-
-
-def _full_size_masks(mask_logits_Nhw: Tensor, y_axis: _SamplingAxis, x_axis: _SamplingAxis, cut: float) -> tuple[Tensor, Tensor]:
-    """Masks at the original size (N, H, W) bool, and their tight boxes (N, 4), zeros for an empty mask.
-
-    A bilinear value exceeds the cut only next to a cell that does, so each mask is made inside the span of its cells.
-    """
-    device = mask_logits_Nhw.device
-    masks_NHW = torch.zeros(len(mask_logits_Nhw), len(y_axis.low), len(x_axis.low), dtype=torch.bool, device=device)
-    boxes = torch.zeros(len(mask_logits_Nhw), 4)
-    cells_Nhw = mask_logits_Nhw > cut
-    row_spans, column_spans = _spans(cells_Nhw.any(2)), _spans(cells_Nhw.any(1))
-    for index, (row_span, column_span) in enumerate(zip(row_spans, column_spans, strict=True)):
-        if row_span is None or column_span is None:
-            continue
-        y, x = y_axis.span(*row_span), x_axis.span(*column_span)
-        if y.start >= y.stop or x.start >= x.stop:  # an image smaller than its mask grid may read none of the cells
-            continue
-        logits_hw = mask_logits_Nhw[index]
-        logits_Hw = torch.lerp(logits_hw[y_axis.low[y]], logits_hw[y_axis.high[y]], y_axis.weight[y][:, None])
-        logits_HW = torch.lerp(logits_Hw[:, x_axis.low[x]], logits_Hw[:, x_axis.high[x]], x_axis.weight[x])
-        mask_HW = logits_HW > cut
-        masks_NHW[index, y, x] = mask_HW
-        (rows,), (columns,) = _spans(mask_HW.any(1)[None]), _spans(mask_HW.any(0)[None])
-        if rows is not None and columns is not None:
-            left, top, right, bottom = columns[0], rows[0], columns[1] + 1, rows[1] + 1
-            boxes[index] = torch.tensor([x.start + left, y.start + top, x.start + right, y.start + bottom])
-    return masks_NHW, boxes.to(device)
+    def box(self) -> tuple[int, int, int, int]:
+        width, height = self.mask_ST.shape
+        return self.left, self.top, self.left + width, self.top + height
 
 
-def _spans(occupied_NL: Tensor) -> list[tuple[int, int] | None]:
-    """First and last occupied place of each row, None for an empty row."""
-    length = occupied_NL.shape[1]
-    places = torch.arange(length, device=occupied_NL.device)
-    first = torch.where(occupied_NL, places, length).amin(1).tolist()
-    last = torch.where(occupied_NL, places, -1).amax(1).tolist()
-    return [None if high < 0 else (low, high) for low, high in zip(first, last, strict=True)]
+def _tight_crops(pieces: dict[int, _Piece | None]) -> dict[int, _Piece]:
+    """By query, on the CPU, those that are not empty."""
+    made = {query: piece for query, piece in pieces.items() if piece is not None}
+    if not made:
+        return {}
+    flat = torch.cat([piece.mask_ST.flatten() for piece in made.values()]).cpu()  # one transfer
+    parts = flat.split([piece.mask_ST.numel() for piece in made.values()])
+    crops = {}
+    for (query, piece), part in zip(made.items(), parts, strict=True):
+        tight = _Piece(part.view(piece.mask_ST.shape), piece.left, piece.top).tight()
+        if tight is not None:
+            crops[query] = tight
+    return crops
