@@ -1,0 +1,157 @@
+"""Does it work? Supervisions side by side, on the same images, weights, matching, steps and augmentation: one table.
+
+    python benchmarks/quality.py --seeds 0 1 2                    # generated scenes, the tiny preset: two cores, a night
+    python benchmarks/quality.py --size r50 --data FOLDER --seeds 0 1 2 --minutes 170     # on a GPU, as far as 170 minutes go
+    python benchmarks/quality.py --rows boxinst sim sim-alpha-0 sim-alpha-1               # an ablation
+    python benchmarks/quality.py --table-only                     # trains nothing: docs/results.md from all finished runs
+
+A row is scripts/configs/quality-ROW.yaml, which may only change the supervision; all other settings are those of
+scripts/configs/quality-size-SIZE.yaml. The same command goes on where it stopped: a finished run has its results.json, an
+unfinished one its checkpoint. Further options are those of `sim-hf train`, for all rows (--max_steps 300, --model FOLDER,
+--backbone_weights FILE). Masks of training images are read by the row `full`, and to measure masks when training is over.
+
+Runs lie in runs/quality/NAME/ROW/seed-S/, each with config.yaml, for `sim-hf train --config`. Pictures of generated scenes
+stand beside the page of the table; those of other data stay in runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quality_run import CONFIGS, OutOfTimeError, finish, make_run
+from quality_table import picture_sheet, read_grid, section, table, write_page
+from sim_hf.data import write_scenes
+from sim_hf.data.scenes import GENERATOR_NAME
+from sim_hf.training.assembly import coco_folder
+from sim_hf.training.resume import run_identity
+
+MAIN_ROWS = ("full", "boxinst", "level-set", "bbtp", "sim")
+
+
+def all_rows() -> list[str]:
+    """Names of the rows that have a file."""
+    names = [path.stem.removeprefix("quality-") for path in sorted(CONFIGS.glob("quality-*.yaml"))]
+    return [name for name in names if not name.startswith("size-")]
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    sizes = [path.stem.removeprefix("quality-size-") for path in sorted(CONFIGS.glob("quality-size-*.yaml"))]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=all_rows(), default=list(MAIN_ROWS), metavar="ROW", help=", ".join(all_rows())
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--size", choices=sizes, default="tiny")
+    parser.add_argument("--data", type=Path, help="images/ + instances_{train,val}.json (default: generated scenes)")
+    parser.add_argument("--name", help="of the grid (default: size and data)")
+    parser.add_argument("--minutes", type=float, help="stop, with a checkpoint, after this time; the same command goes on")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="the page that --table-only writes")
+    parser.add_argument("--table-only", action="store_true", help="train nothing, write the page from the finished runs")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, flags = parse(argv)
+    if options.table_only:
+        if flags:
+            raise SystemExit(f"--table-only trains nothing and takes no options of training: {' '.join(flags)}")
+        write_results_page(options.runs, options.output, options.name)
+        return 0
+    data = options.data or write_scenes(options.runs.parent / "scenes")
+    folder = options.runs / (options.name or f"{options.size}-{data.name}")
+    write_grid(folder, options, data, flags)
+    complete = run_grid(folder, options, data, flags)
+    grid = read_grid(folder)
+    if grid.records:
+        print(f"\n{table(grid)}")
+    print("all runs are finished" if complete else "the time is over; the same command goes on")
+    print(f"runs: {folder}; the page with the table: python benchmarks/quality.py --table-only --runs {options.runs}")
+    return 0
+
+
+def run_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Sequence[str]) -> bool:
+    """Seed by seed, so that every row has its first number early -> whether all runs are finished."""
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for seed in options.seeds:
+        for row in options.rows:
+            place = folder / row / f"seed-{seed}"
+            run = make_run(row, seed, size=options.size, data=data, folder=place, flags=flags)
+            if run.results.exists():
+                check_same_options(run)
+                print(f"{row}, seed {seed}: finished")
+                continue
+            print(f"{row}, seed {seed}: {run.folder}", flush=True)
+            try:
+                finish(run, deadline)
+            except OutOfTimeError:
+                return False
+    return True
+
+
+def check_same_options(run) -> None:
+    """A finished run must be the one that is asked for."""
+    made_with = json.loads(run.results.read_text(encoding="utf-8"))["options"]
+    asked = json.loads(json.dumps(run_identity(*run.arguments())))
+    differing = sorted(name for name in {*made_with, *asked} if made_with.get(name) != asked.get(name))
+    if differing:
+        changes = "; ".join(f"{name}: {made_with.get(name)!r} then, {asked.get(name)!r} now" for name in differing)
+        raise SystemExit(f"{run.folder} was made with other options ({changes}); give the grid another --name")
+
+
+def write_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Sequence[str]) -> None:
+    """What the table says about the grid, and the order of its rows; rows of earlier calls stay."""
+    paths = coco_folder(data)
+    documents = [json.loads(paths[split].read_text(encoding="utf-8")) for split in ("train", "val")]
+    generated = documents[0].get("info", {}).get("generator") == GENERATOR_NAME
+    counts = " + ".join(str(len(document["images"])) for document in documents)
+    path = folder / "grid.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = list(dict.fromkeys([*earlier, *options.rows]))
+    where = [] if options.data is None else ["--data", f"DATA/{data.name}"]
+    named = [] if options.name is None else ["--name", options.name]
+    command = ["python", "benchmarks/quality.py", "--size", options.size, "--rows", *rows]
+    command += ["--seeds", *map(str, options.seeds), *where, *named, *flags]
+    info = {
+        "data": f"{'generated scenes' if generated else data.name} ({counts} images)",
+        "size": options.size,
+        "generated": generated,
+        "rows": rows,
+        "command": shlex.join(command),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def write_results_page(runs: Path, output: Path, name: str | None) -> None:
+    """Sections of all grids (or the named one) that have a finished run, and their sheets of pictures."""
+    sections = {}
+    for path in sorted(runs.glob("*/grid.json")):
+        if name is not None and path.parent.name != name:
+            continue
+        grid = read_grid(path.parent)
+        if not grid.records:
+            continue
+        sheet = picture_sheet(grid)
+        place = output.parent / f"{output.stem}-{grid.name}.jpg" if grid.info["generated"] else grid.folder / "sheet.jpg"
+        if sheet is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(place, quality=88)
+            print(f"written: {place}")
+        sections[grid.name] = section(grid, place.name if sheet is not None and grid.info["generated"] else None)
+        print(f"\n{grid.name}\n{table(grid)}")
+    if not sections:
+        raise SystemExit(f"no finished run under {runs}{'' if name is None else f'/{name}'}")
+    write_page(output, sections)
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""From the logs of the comparison of supervisions to a table and a sheet of pictures. See `quality.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sim_hf.visualization import contact_sheet
+
+PERCENT, PLAIN = 100.0, 1.0
+# title, key in results.json, factor, digits
+COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("mask AP", "segm/AP", PERCENT, 1),
+    ("AP50", "segm/AP50", PERCENT, 1),
+    ("AP75", "segm/AP75", PERCENT, 1),
+    ("small", "segm/AP_small", PERCENT, 1),
+    ("medium", "segm/AP_medium", PERCENT, 1),
+    ("large", "segm/AP_large", PERCENT, 1),
+    ("box AP", "bbox/AP", PERCENT, 1),
+    ("mask IoU", "matched_mask_iou", PLAIN, 3),
+    ("pseudo IoU", "pseudo_mask_iou", PLAIN, 3),
+    ("fill", "fill", PLAIN, 2),
+    ("corners", "corners", PLAIN, 2),
+    ("leak", "leak", PLAIN, 2),
+    ("cosine", "prototype_cosine", PLAIN, 2),
+    ("use", "prototype_usage", PLAIN, 2),
+)
+LEGEND = """\
+Mean over the seeds ± standard deviation. AP is COCO's, in percent, on the validation images; small, medium, large: mask AP by
+size. On training images, against the real masks, which only `full` was trained with: *mask IoU* of the network's mask of each
+given box, *pseudo IoU* of the pseudo masks; *fill*, *corners* and *leak* of the network's masks (share of the box that is
+covered, share of its corners, share of the mask that lies outside). *cosine* and *use*: how alike the prototypes of a class are
+(1 = collapsed) and how evenly they are used (1 = evenly).
+"""
+PAGE_TITLE = f"# Supervisions compared\n\n{LEGEND}"
+SHEET_CELL = 260
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What lies in the folder of a grid: info as `quality.py` wrote it, and the records of the finished runs by row."""
+
+    name: str
+    folder: Path
+    info: dict[str, Any]
+    records: dict[str, list[dict[str, Any]]]
+
+
+def read_grid(folder: Path) -> Grid:
+    """Rows stand in the order of the grid's file; a row without a finished run is left out."""
+    info = json.loads((folder / "grid.json").read_text(encoding="utf-8"))
+    records = {}
+    for row in info["rows"]:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / row).glob("seed-*/results.json"))]
+        if found:
+            records[row] = sorted(found, key=lambda record: record["seed"])
+    return Grid(folder.name, folder, info, records)
+
+
+def table(grid: Grid) -> str:
+    """One line for each row of the grid, and one for boxes filled in."""
+    lines = ["| supervision | " + " | ".join(title for title, *_ in COLUMNS) + " | seeds | steps |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for row, records in grid.records.items():
+        cells = [_cell([record.get(key) for record in records], factor, digits) for _, key, factor, digits in COLUMNS]
+        lines.append(
+            f"| `{row}` | " + " | ".join(cells) + f" | {len(records)} | {_joined(record['steps'] for record in records)} |"
+        )
+    filled = [record.get("filled_box_iou") for records in grid.records.values() for record in records[:1]][:1]
+    cells = [_cell(filled, factor, digits) if key == "matched_mask_iou" else "" for _, key, factor, digits in COLUMNS]
+    lines.append("| boxes filled in | " + " | ".join(cells) + " | | |")
+    return "\n".join(lines)
+
+
+def section(grid: Grid, picture: str | None = None) -> str:
+    """The table with all that it takes to make it again. picture: path of the sheet, relative to the page."""
+    everything = [record for records in grid.records.values() for record in records]
+    seconds = [record["seconds_per_step"] for record in everything if record["seconds_per_step"]]
+    lines = [
+        f"## {grid.info['data']}, {grid.info['size']}",
+        "",
+        table(grid),
+        "",
+        f"* Command: `{grid.info['command']}`",
+        f"* Hardware: {_joined(_hardware(record['machine']) for record in everything)}"
+        + (f"; {statistics.median(seconds):.2f} s a step (median over the runs)" if seconds else ""),
+        f"* Commit: {_joined(_commit(record['git']) for record in everything)}",
+        f"* Date: {_joined(record['time'][:10] for record in everything)}",
+        f"* Start: {_start(grid)}",
+    ]
+    if picture is not None:
+        lines += ["", f"![The same validation images, one column for each supervision (seed {_first_seed(grid)})]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def write_page(path: Path, sections: dict[str, str]) -> None:
+    """Replace the sections of these grids in the page, keep those of others, add new ones at the end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else PAGE_TITLE
+    for name, content in sections.items():
+        block = f"<!-- {name} -->\n{content}<!-- end of {name} -->\n"
+        pattern = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end of {re.escape(name)} -->\n", re.DOTALL)
+        text = pattern.sub(lambda _, block=block: block, text) if pattern.search(text) else f"{text.rstrip()}\n\n{block}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def picture_sheet(grid: Grid) -> Image.Image | None:
+    """The same images in every line: the given boxes, then one column for each row, all of the first seed."""
+    seed = _first_seed(grid)
+    folders = {row: grid.folder / row / f"seed-{seed}" / "pictures" for row in grid.records}
+    folders = {row: folder for row, folder in folders.items() if folder.is_dir()}
+    if not folders:
+        return None
+    first = next(iter(folders.values()))
+    lines = []
+    for index in range(len(list(first.glob("*-given.jpg")))):
+        paths = [first / f"{index}-given.jpg", *(folder / f"{index}.jpg" for folder in folders.values())]
+        lines.append([Image.open(path).convert("RGB") if path.exists() else None for path in paths])
+    return contact_sheet(lines, titles=["given boxes", *folders], cell_size=SHEET_CELL)
+
+
+def _first_seed(grid: Grid) -> int:
+    return min(record["seed"] for records in grid.records.values() for record in records)
+
+
+def _cell(values: Sequence[float | None], factor: float, digits: int) -> str:
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"
+
+
+def _joined(texts) -> str:
+    """What the runs say, each once, in the order of the runs."""
+    return ", ".join(str(text) for text in dict.fromkeys(texts))
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    gpus = ", ".join(machine["gpus"])
+    return gpus or f"{machine['cpu']}, {machine['threads']} of {machine['cpu_count']} threads"
+
+
+def _commit(git: dict[str, Any]) -> str:
+    return f"`{git['commit'][:10]}`" + (" with changes" if git["dirty"] else "")
+
+
+def _start(grid: Grid) -> str:
+    """Whether the rows of a seed began with the same weights: said, not assumed."""
+    by_seed: dict[int, dict[str, list[str]]] = {}
+    for row, records in grid.records.items():
+        for record in records:
+            by_seed.setdefault(record["seed"], {}).setdefault(record["initial_weights"], []).append(f"`{row}`")
+    other = dict.fromkeys(row for rows in by_seed.values() for group in sorted(rows.values(), key=len)[:-1] for row in group)
+    same = "the same weights, images in the same order and augmentation in every row of a seed"
+    return same if not other else f"{same}, but other weights in {', '.join(other)}"
