@@ -36,8 +36,7 @@ from sim_hf.mask_generation import (
     self_correction,
     semantic_probability_map,
 )
-from sim_hf.mask_generation.pseudo_masks import evenly_spaced_pixels
-from sim_hf.structures import box_masks
+from sim_hf.mask_generation.box_cells import box_cells
 from supervision_inputs import STRIDE, Inputs, make_inputs, read_pictures
 
 BATCH_SIZE = 2
@@ -256,11 +255,9 @@ class Ours:
     def prototypes(self) -> Result:
         self.reset_bank()
         targets = self.inputs.targets
-        inside_GHW = box_masks(targets.boxes_G4, self.height, self.width, STRIDE)
-        instances_M, rows_M, columns_M = evenly_spaced_pixels((self.instance_GHW > CONFIDENT) & inside_GHW, MAX_PIXELS)
-        features_BCHW = self.inputs.teacher.mask_features_BCHW
-        pixels_MC = features_BCHW[targets.image_ids_G[instances_M], :, rows_M, columns_M]
-        self.bank.observe(pixels_MC, targets.class_labels_G[instances_M])
+        cells = box_cells(targets.boxes_G4, self.height, self.width, STRIDE)
+        instance_V, features_BCHW = cells.pick(self.instance_GHW), self.inputs.teacher.mask_features_BCHW
+        self.generator.observe_confident_pixels(instance_V, cells, features_BCHW, targets.image_ids_G, targets.class_labels_G)
         self.bank.commit()
         return {"prototypes": self.bank.prototypes_KLC.clone()}
 

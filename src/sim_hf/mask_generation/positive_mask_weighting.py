@@ -1,6 +1,7 @@
 """Positive mask weighting: an instance's positives merged by how well their boxes fit (SIM, Eq. 6).
 
-Shape letters: N positives (several may share an instance), G instances, R positives of one instance, H W mask grid.
+Shape letters: N positives (several may share an instance), G instances, R positives of one instance, V cells inside the
+boxes, H W mask grid.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sim_hf.mask_generation.box_cells import BoxCells
 from sim_hf.structures import box_iou_pairwise, boxes_of_shadows
 
 
@@ -27,8 +29,8 @@ def positive_mask_weights(predicted_boxes_N4: Tensor, boxes_G4: Tensor, instance
     if num_positives == 0:
         return torch.zeros(0, device=boxes_G4.device)
     exponent_N = mu * box_iou_pairwise(predicted_boxes_N4.float(), boxes_G4[instance_ids_N].float())
-    rank_N = _rank_within_instance(instance_ids_N, len(boxes_G4))
-    exponent_GR = exponent_N.new_full((len(boxes_G4), int(rank_N.max()) + 1), -torch.inf)
+    rank_N, num_ranks = _rank_within_instance(instance_ids_N, len(boxes_G4))
+    exponent_GR = exponent_N.new_full((len(boxes_G4), num_ranks), -torch.inf)
     exponent_GR[instance_ids_N, rank_N] = exponent_N
     return exponent_GR.softmax(-1)[instance_ids_N, rank_N]
 
@@ -49,19 +51,43 @@ def instance_probability_map(mask_logits_NHW: Tensor, weights_N: Tensor, instanc
         return map_GHW
     # One positive of every instance at a time: no two rows write to the same map, so the sum has one order on any device,
     # and no more than G probability maps exist at once.
-    rank_N = _rank_within_instance(instance_ids_N, num_instances)
-    for rank in range(int(rank_N.max()) + 1):
+    rank_N, num_ranks = _rank_within_instance(instance_ids_N, num_instances)
+    for rank in range(num_ranks):
         rows = (rank_N == rank).nonzero()[:, 0]
         probability_NHW = mask_logits_NHW[rows].float().sigmoid_()
         map_GHW.index_add_(0, instance_ids_N[rows], probability_NHW.mul_(weights_N[rows].float()[:, None, None]))
     return map_GHW
 
 
-def _rank_within_instance(instance_ids_N: Tensor, num_instances: int) -> Tensor:
-    """0 for the first positive of an instance, 1 for its second, ... -> (N,) int64"""
+@torch.no_grad()
+def instance_probabilities(mask_logits_NHW: Tensor, rows_GR: Tensor, weights_N: Tensor, cells: BoxCells) -> Tensor:
+    """`instance_probability_map` at the cells inside the boxes only. -> (V,) float32
+
+    rows_GR: `positives_by_instance`, for the instances of the cells.
+    """
+    map_V = torch.zeros(len(cells.cells_V), device=mask_logits_NHW.device)
+    for rows_G in rows_GR.unbind(1):
+        is_given_G, rows_G = rows_G >= 0, rows_G.clamp(min=0)
+        probability_V = cells.pick(mask_logits_NHW, rows_G).float().sigmoid_()
+        probability_V = probability_V.mul_(cells.spread(weights_N[rows_G].float()))
+        # Not a weight of 0: the row that stands in for a missing one may hold a NaN.
+        map_V += probability_V.masked_fill_(~cells.spread(is_given_G), 0.0)
+    return map_V
+
+
+def positives_by_instance(instance_ids_N: Tensor, num_instances: int) -> Tensor:
+    """Rows of the positives of every instance in their order, -1 where it has fewer than others. -> (G, R) int64"""
+    rank_N, num_ranks = _rank_within_instance(instance_ids_N, num_instances)
+    rows_GR = instance_ids_N.new_full((num_instances, num_ranks), -1)
+    rows_GR[instance_ids_N, rank_N] = torch.arange(len(instance_ids_N), device=instance_ids_N.device)
+    return rows_GR
+
+
+def _rank_within_instance(instance_ids_N: Tensor, num_instances: int) -> tuple[Tensor, int]:
+    """0 for the first positive of an instance, 1 for its second, ... -> (N,) int64, and how many there are at most"""
     order_N = instance_ids_N.argsort(stable=True)
     sizes_G = instance_ids_N.bincount(minlength=num_instances)
     first_G = sizes_G.cumsum(0) - sizes_G
     rank_N = torch.empty_like(instance_ids_N)
     rank_N[order_N] = torch.arange(len(order_N), device=order_N.device) - first_G[instance_ids_N[order_N]]
-    return rank_N
+    return rank_N, int(sizes_G.max()) if num_instances > 0 else 0

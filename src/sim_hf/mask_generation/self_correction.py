@@ -1,6 +1,6 @@
 """Self-correction of the semantic map by the instance map, and the two thresholds (SIM, Eq. 7).
 
-Shape letters: G instances, V pixels inside their boxes (instance by instance), T those between the two limits of the
+Shape letters: G instances, V cells inside their boxes (instance by instance), T those between the two limits of the
 threshold, H W mask grid.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sim_hf.structures import PseudoMasks, box_masks
+from sim_hf.mask_generation.box_cells import BoxCells, box_cells
+from sim_hf.structures import PseudoMasks
 
 
 @torch.no_grad()
@@ -35,35 +36,64 @@ def self_correction(
     nothing of the others is trusted.
     """
     _check_arguments(semantic_GHW, instance_GHW, boxes_G4, alpha, high_range, low)
-    num_instances, height, width = instance_GHW.shape
     if has_positives_G is None:
         has_positives_G = (instance_GHW > 0).flatten(1).any(-1)
-    alpha_G = torch.full((num_instances,), alpha, device=instance_GHW.device)
-    if semantic_ready_G is not None:
-        alpha_G = torch.where(semantic_ready_G, alpha_G, 1.0)
+    if semantic_ready_G is None:
+        semantic_ready_G = torch.ones_like(has_positives_G)
+    _, height, width = instance_GHW.shape
+    cells = box_cells(boxes_G4, height, width, stride)
+    masks = masks_outside_of_boxes(has_positives_G, cells.grid_size)
+    correct_cells(
+        cells.pick(semantic_GHW).float(),
+        cells.pick(instance_GHW).float(),
+        cells,
+        masks,
+        alpha_G=torch.where(semantic_ready_G, alpha, 1.0),
+        has_positives_G=has_positives_G,
+        confident=confident,
+        high_range=high_range,
+        low=low,
+    )
+    return masks
 
-    # Boxes are small: all that follows happens inside them.
-    inside = box_masks(boxes_G4, height, width, stride).nonzero(as_tuple=True)
-    instances_V = inside[0]
-    semantic_V, instance_V = semantic_GHW[inside].float(), instance_GHW[inside].float()
-    corrected_V = torch.lerp(semantic_V, instance_V, alpha_G[instances_V])
-    num_confident_G = instances_V[instance_V > confident].bincount(minlength=num_instances)
-    high_G = _threshold(corrected_V, instances_V, num_confident_G, high_range)
+
+def masks_outside_of_boxes(has_positives_G: Tensor, grid_size: tuple[int, int]) -> PseudoMasks:
+    """Trusted background everywhere, for instances with positives: what `correct_cells` paints the boxes into."""
+    shape, device = (len(has_positives_G), *grid_size), has_positives_G.device
+    return PseudoMasks(
+        probabilities_GHW=torch.zeros(shape, device=device),
+        target_GHW=torch.zeros(shape, dtype=torch.bool, device=device),
+        trusted_GHW=has_positives_G[:, None, None].expand(shape).contiguous(),
+        scores_G=torch.zeros(len(has_positives_G), device=device),
+    )
+
+
+@torch.no_grad()
+def correct_cells(
+    semantic_V: Tensor,
+    instance_V: Tensor,
+    cells: BoxCells,
+    masks: PseudoMasks,
+    *,
+    alpha_G: Tensor,
+    has_positives_G: Tensor,
+    confident: float = 0.7,
+    high_range: tuple[float, float] = (0.7, 0.8),
+    low: float = 0.4,
+) -> None:
+    """`self_correction` of the cells inside the boxes, painted into `masks`, those of the cells' instances."""
+    corrected_V = torch.lerp(semantic_V, instance_V, cells.spread(alpha_G))
+    high_G = _threshold(corrected_V, cells.instances_V, cells.total(instance_V > confident), high_range)
     # A NaN is neither above nor below, so it is ignored.
-    foreground_V = corrected_V > high_G[instances_V]
-    has_positives_V = has_positives_G[instances_V]
+    foreground_V = corrected_V > cells.spread(high_G)
+    has_positives_V = cells.spread(has_positives_G)
     target_V = foreground_V & has_positives_V
     trusted_V = (foreground_V | (corrected_V < low)) & has_positives_V
-
-    probabilities_GHW = corrected_V.new_zeros(instance_GHW.shape)
-    probabilities_GHW[inside] = corrected_V.nan_to_num(0.0)
-    target_GHW = torch.zeros_like(probabilities_GHW, dtype=torch.bool)
-    target_GHW[inside] = target_V
-    trusted_GHW = has_positives_G[:, None, None].repeat(1, height, width)
-    trusted_GHW[inside] = trusted_V
-    size_G = instances_V[target_V].bincount(minlength=num_instances)
-    scores_G = torch.where(target_GHW, probabilities_GHW, 0.0).sum((1, 2)) / size_G.clamp(min=1)
-    return PseudoMasks(probabilities_GHW, target_GHW, trusted_GHW, scores_G)
+    probabilities_V = corrected_V.nan_to_num_(0.0)
+    cells.paint(probabilities_V, masks.probabilities_GHW)
+    cells.paint(target_V, masks.target_GHW)
+    cells.paint(trusted_V, masks.trusted_GHW)
+    masks.scores_G.copy_(cells.total(probabilities_V * target_V) / cells.total(target_V).clamp(min=1))
 
 
 @torch.no_grad()
@@ -81,10 +111,11 @@ def _threshold(values_V: Tensor, instances_V: Tensor, num_wanted_G: Tensor, limi
     """
     (lowest, highest), num_instances = limits, len(num_wanted_G)
     above_V = values_V > highest
-    band_V = (values_V > lowest) & ~above_V
-    values_T, owners_T = values_V[band_V], instances_V[band_V]
+    num_above_G = num_wanted_G.new_zeros(num_instances).index_add_(0, instances_V, above_V.long())
+    places_T = ((values_V > lowest) & ~above_V).nonzero()[:, 0]
+    values_T, owners_T = values_V.index_select(0, places_T), instances_V.index_select(0, places_T)
     num_band_G = owners_T.bincount(minlength=num_instances)
-    rank_in_band_G = num_wanted_G - instances_V[above_V].bincount(minlength=num_instances)
+    rank_in_band_G = num_wanted_G - num_above_G
     threshold_G = values_V.new_full((num_instances,), lowest)
     threshold_G = threshold_G.masked_fill_(rank_in_band_G < 0, highest)
 

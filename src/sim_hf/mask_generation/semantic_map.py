@@ -1,7 +1,7 @@
 """Semantic probability map: how much a pixel looks like its class (SIM, Eq. 1).
 
-Shape letters: B images, G instances, P distinct (image, class) pairs, C channels, L prototypes, H W mask grid, X a few
-of the channels.
+Shape letters: B images, G instances, P distinct (image, class) pairs, N those of one image, C channels, L prototypes, V
+cells inside the boxes, S cells of a strip, H W mask grid, X a few of the channels.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sim_hf.mask_generation.box_cells import BoxCells
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.structures import InstanceTargets
 
 _CHANNELS_AT_A_TIME = 8
+_CELLS_AT_A_TIME = 8192
 
 
 @torch.no_grad()
@@ -24,39 +26,60 @@ def semantic_probability_map(
     0.5 everywhere for a class without prototypes (see `bank.is_ready_K`). Made once per class and image, then shared by the
     instances of that class.
     """
-    if features_BCHW.dim() != 4 or features_BCHW.shape[1] != bank.feature_dim:
-        raise ValueError(f"features must be (B, {bank.feature_dim}, H, W), got {tuple(features_BCHW.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    height, width = features_BCHW.shape[-2:]
-    if len(targets) == 0:
-        return torch.zeros(0, height, width, device=features_BCHW.device)
-    pairs_G = targets.image_ids_G * bank.num_classes + targets.class_labels_G
-    pairs_P, pair_of_instance_G = pairs_G.unique(return_inverse=True)
-    images_P = pairs_P // bank.num_classes
-    images, pairs_per_image = images_P.unique_consecutive(return_counts=True)
-    prototypes_PLC = bank.prototypes_KLC[pairs_P % bank.num_classes]
-    similarity_PHW = torch.cat(
-        [
-            _similarity_to_nearest(features_BCHW[image], prototypes_NLC)
-            for image, prototypes_NLC in zip(images.tolist(), prototypes_PLC.split(pairs_per_image.tolist()), strict=True)
-        ]
-    )
-    return similarity_PHW.div_(temperature).sigmoid_()[pair_of_instance_G]
+    return ClassSimilarity(features_BCHW, bank, targets, temperature=temperature).probability_maps()
 
 
-def _similarity_to_nearest(features_CHW: Tensor, prototypes_NLC: Tensor) -> Tensor:
-    """Cosine of every pixel of one image with the nearest prototype of each of its classes. -> (N, H, W)"""
+class ClassSimilarity:
+    """What the semantic maps of a batch are read from: one map for each class of an image, however many its instances.
+
+    similarity_PHW: cosine of every cell with the nearest prototype of the class. pair_of_instance_G: the map of an instance.
+    """
+
+    @torch.no_grad()
+    def __init__(self, features_BCHW: Tensor, bank: PrototypeBank, targets: InstanceTargets, *, temperature: float = 0.1) -> None:
+        if features_BCHW.dim() != 4 or features_BCHW.shape[1] != bank.feature_dim:
+            raise ValueError(f"features must be (B, {bank.feature_dim}, H, W), got {tuple(features_BCHW.shape)}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+        pairs_G = targets.image_ids_G * bank.num_classes + targets.class_labels_G
+        pairs_P, self.pair_of_instance_G = pairs_G.unique(return_inverse=True)
+        images, counts = (pairs_P // bank.num_classes).unique_consecutive(return_counts=True)
+        prototypes_PLC = bank.prototypes_KLC[pairs_P % bank.num_classes]
+        self.similarity_PHW = torch.zeros(len(pairs_P), *features_BCHW.shape[-2:], device=features_BCHW.device)
+        sections = counts.tolist()
+        parts = zip(images.tolist(), prototypes_PLC.split(sections), self.similarity_PHW.split(sections), strict=True)
+        for image, prototypes_NLC, similarity_NHW in parts:
+            _similarity_to_nearest(features_BCHW[image], prototypes_NLC, similarity_NHW)
+
+    def probability_maps(self) -> Tensor:
+        """M_S everywhere. -> (G, H, W)"""
+        return (self.similarity_PHW / self.temperature).sigmoid_()[self.pair_of_instance_G]
+
+    def probabilities(self, cells: BoxCells, instances: slice) -> Tensor:
+        """M_S at the cells inside the boxes of these instances. -> (V,)"""
+        similarity_V = cells.pick(self.similarity_PHW, self.pair_of_instance_G[instances])
+        return similarity_V.div_(self.temperature).sigmoid_()
+
+
+def _similarity_to_nearest(features_CHW: Tensor, prototypes_NLC: Tensor, similarity_NHW: Tensor) -> None:
+    """Cosine of every pixel of one image with the nearest prototype of each of its classes, into `similarity_NHW`.
+
+    Strip by strip: the products with all prototypes, ten times the result, never exist at once and stay in the cache.
+    """
+    strips = (maps.flatten(1).split(_CELLS_AT_A_TIME, 1) for maps in (features_CHW, similarity_NHW))
     with torch.autocast(device_type=features_CHW.device.type, enabled=False):
-        features_CHW = features_CHW.float()
-        products_NLHW = torch.einsum("nlc,chw->nlhw", prototypes_NLC, features_CHW)
-        # The length is positive and common to all prototypes: dividing after the maximum saves a copy of the features.
-        return products_NLHW.amax(1) / _length(features_CHW).clamp(min=torch.finfo(torch.float32).tiny)
+        for features_CS, similarity_NS in zip(*strips, strict=True):
+            features_CS = features_CS.float()
+            products_NLS = (prototypes_NLC.flatten(0, 1) @ features_CS).unflatten(0, prototypes_NLC.shape[:2])
+            # The length is positive and common to all prototypes: dividing after the maximum saves a copy of the features.
+            length_S = _length(features_CS).clamp_(min=torch.finfo(torch.float32).tiny)
+            torch.div(products_NLS.amax(1), length_S, out=similarity_NS)
 
 
-def _length(features_CHW: Tensor) -> Tensor:
-    """Length of every pixel's feature vector, a few channels at a time: no copy of the features. -> (H, W)"""
-    squares_XHW = torch.zeros_like(features_CHW[:_CHANNELS_AT_A_TIME])
-    for part_XHW in features_CHW.split(_CHANNELS_AT_A_TIME):
-        squares_XHW[: len(part_XHW)].addcmul_(part_XHW, part_XHW)
-    return squares_XHW.sum(0).sqrt_()
+def _length(features_CS: Tensor) -> Tensor:
+    """Length of every pixel's feature vector, a few channels at a time: no copy of the features. -> (S,)"""
+    squares_XS = torch.zeros_like(features_CS[:_CHANNELS_AT_A_TIME])
+    for part_XS in features_CS.split(_CHANNELS_AT_A_TIME):
+        squares_XS[: len(part_XS)].addcmul_(part_XS, part_XS)
+    return squares_XS.sum(0).sqrt_()
