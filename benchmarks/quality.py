@@ -118,7 +118,8 @@ def write_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Seq
     where = [] if options.data is None else ["--data", f"DATA/{data.name}"]
     named = [] if options.name is None else ["--name", options.name]
     command = ["python", "benchmarks/quality.py", "--size", options.size, "--rows", *rows]
-    command += ["--seeds", *map(str, options.seeds), *where, *named, *flags]
+    shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]  # the page names no path of the machine
+    command += ["--seeds", *map(str, options.seeds), *where, *named, *shown]
     info = {
         "data": f"{'generated scenes' if generated else data.name} ({counts} images)",
         "size": options.size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,8 @@ def finish(run: Run, deadline: float | None = None) -> None:
             "options": identity,
         },
     )
+    for folder in ("checkpoints", "best"):  # of no more use, and the weights of many runs fill a disk; train/model stays
+        shutil.rmtree(run.folder / "train" / folder, ignore_errors=True)
 
 
 def weights_digest(model: torch.nn.Module) -> str:

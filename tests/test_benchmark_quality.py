@@ -135,7 +135,8 @@ def test_the_page_is_written_from_the_logs_alone_and_keeps_what_others_wrote(fin
         assert cells[0] == f"{100 * record['segm/AP']:.1f}" and cells[7] == f"{record['matched_mask_iou']:.3f}"
         assert cells[-3:-1] == ["1", "2"]
     assert f"{records['sim']['filled_box_iou']:.3f}" in next(line for line in once.splitlines() if "boxes filled in" in line)
-    assert "python benchmarks/quality.py" in once and "DATA/few-scenes" in once and str(finished) not in once
+    assert "python benchmarks/quality.py" in once and "DATA/few-scenes" in once and "--model model" in once
+    assert "/tmp" not in once and str(finished) not in once
     sheet = Image.open(tmp_path / "results-tiny-few-scenes.jpg")
     assert sheet.width > 3 * quality_table.SHEET_CELL
     page.write_text(once + "\n<!-- other -->\nkept\n<!-- end of other -->\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset
@@ -26,8 +27,7 @@ def pseudo_mask_quality(step: TrainingStep, rows, processor, *, limit: int = 64,
     ours, filled = [], []
     for start in range(0, min(limit, len(samples)), batch_size):
         batch = collate([samples[i] for i in range(start, min(start + batch_size, limit, len(samples)))])
-        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        inputs = step.prepare(batch)
+        inputs = step.prepare(send_to_device(batch, device))  # the boxes in the list of labels too
         targets = inputs.targets
         real_GHW, has_mask_G = targets.masks_GHW, targets.has_mask_G
         # The supervision must take them for box-only: the masks are for the comparison.
