@@ -11,7 +11,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     multi_scale_deformable_attention as stock_deformable_attention,
 )
 
-from sim_hf.models.sim.deformable_attention import multi_scale_deformable_attention
+from sim_hf.models.sim.deformable_attention import _bag_products, _row_products, multi_scale_deformable_attention
 from sim_hf.models.sim.masked_attention import MaskedCrossAttention
 from sim_hf.models.sim.padding import clear_padding, downsample_valid, sine_position_embedding
 from sim_hf.models.sim.pixel_decoder import _cell_centres
@@ -33,6 +33,27 @@ def test_deformable_attention_equals_the_stock_one_with_its_gradients():
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_deformable_attention_and_its_gradients_equal_the_stock_ones_far_outside_and_on_one_cell():
+    shapes = [(1, 1), (1, 4), (5, 2)]
+    value = torch.randn(2, 15, 3, 4, dtype=torch.float32, requires_grad=True)
+    locations = (torch.rand(2, 40, 3, 3, 2, 2) * 5 - 2).requires_grad_()
+    weights = torch.randn(2, 40, 3, 3, 2, requires_grad=True)
+    results = []
+    for attention in (multi_scale_deformable_attention, stock_deformable_attention):
+        result = attention(value, shapes, locations, weights)
+        results.append((result, *torch.autograd.grad(result.square().sum(), (value, locations, weights))))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_products_of_rows_on_the_cpu_equal_embedding_bags_own():
+    for num_rows in (11, 50):  # fewer and more rows than a sum has; one row may stand in a sum twice
+        table, grad = torch.randn(num_rows, 6), torch.randn(7, 6)
+        rows = torch.randint(0, num_rows, (7, 4, 5), dtype=torch.int32)
+        expected = (table[rows.long()] * grad[:, None, None]).sum(-1)
+        torch.testing.assert_close(_row_products(grad, table, rows), expected)
+        torch.testing.assert_close(_bag_products(grad, table, rows), expected)
 
 
 def test_deformable_attention_on_cell_centres_has_the_stock_gradient_of_the_location():

@@ -1,14 +1,16 @@
 """Multi-scale deformable attention (Deformable DETR) as weighted sums of table rows.
 
-A bilinear sample is a weighted sum of four cells, so what one head reads for one query is one weighted sum of 4 L P rows
-of the values: `embedding_bag` makes it without ever storing the samples.
+A bilinear sample is a weighted sum of four cells, so what one head reads for one query is one weighted sum of 4 K rows of
+the values: `embedding_bag` makes it without ever storing the samples. Every level stands in the table with a border of
+zeros, so nobody asks whether a point lies outside, and its upper left cell alone says where all four are.
 
 Shape letters: B images, M cells of all levels, N query positions, A heads, D channels per head, L levels, P points,
-K = 4 L P rows of a sum, T = B M A rows of the table, S = B N A sums.
+K = L P points of a head, S = B N A sums, T rows of the table, 4 corners: upper left, upper right, lower left, lower right.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
+
+_BORDER = 2  # cells on every side of a level: a point far outside is moved to where all its four cells are zero
 
 
 def multi_scale_deformable_attention(
@@ -30,92 +34,180 @@ def multi_scale_deformable_attention(
     The same values as transformers' function of this name, in float32: half-precision coordinates are off by a good part
     of a cell. Cells outside a level count as zero.
     """
-    batch_size, num_cells, num_heads, head_dim = value_BMAD.shape
-    num_queries = locations_BNALP2.shape[1]
-    rows_SK, weights_SK = _corner_cells(spatial_shapes, locations_BNALP2.float(), weights_BNALP.float(), num_cells)
-    table_TD = value_BMAD.float().reshape(batch_size * num_cells * num_heads, head_dim)
-    sums_SD = _WeightedRowSums.apply(table_TD, rows_SK, weights_SK)
-    return sums_SD.view(batch_size, num_queries, num_heads * head_dim).to(value_BMAD.dtype)
+    sums_BNAD = _DeformableAttention.apply(
+        value_BMAD, locations_BNALP2.float().flatten(3, 4), weights_BNALP.float().flatten(3), spatial_shapes
+    )
+    return sums_BNAD.flatten(2).to(value_BMAD.dtype)
 
 
-def _corner_cells(
-    spatial_shapes: list[tuple[int, int]], locations_BNALP2: Tensor, weights_BNALP: Tensor, num_cells: int
-) -> tuple[Tensor, Tensor]:
-    """The four cells around every sampling point: their rows in the table (S, K) int32, and their weights (S, K)."""
-    batch_size, _, num_heads, _, _ = weights_BNALP.shape
-    device = weights_BNALP.device
-    sizes_L2 = torch.tensor([(width, height) for height, width in spatial_shapes], device=device, dtype=torch.int32)
-    cells_L = sizes_L2.prod(-1, dtype=torch.int32)
-    starts_L1 = (cells_L.cumsum(0, dtype=torch.int32) - cells_L)[:, None]
-
-    # In cells; a cell's centre is at a whole number. In grid_sample's own steps: a point on a centre, where Deformable DETR's
-    # initial offsets lie, must fall on the same side, or the gradient of the location is another cell's.
-    grid_BNALP2 = 2 * locations_BNALP2 - 1
-    points_BNALP2 = ((grid_BNALP2 + 1) * sizes_L2[:, None, :] - 1) / 2
-    low_BNALP2 = points_BNALP2.detach().floor()
-    after_BNALP2 = points_BNALP2 - low_BNALP2
-    low_BNALP2 = low_BNALP2.clamp_(-2, max(max(shape) for shape in spatial_shapes)).to(torch.int32)
-    x_low, y_low = low_BNALP2.unbind(-1)
-    x_after, y_after = after_BNALP2.unbind(-1)
-    widths_L1, heights_L1 = sizes_L2[:, :1], sizes_L2[:, 1:]
-    left, right, x_left, x_right = _neighbours(x_low, x_after, widths_L1)
-    above, below, y_above, y_below = _neighbours(y_low, y_after, heights_L1)
-
-    images_B = torch.arange(batch_size, device=device, dtype=torch.int32)
-    heads_A = torch.arange(num_heads, device=device, dtype=torch.int32)
-    origin = (images_B[:, None, None, None, None] * num_cells + starts_L1) * num_heads + heads_A[:, None, None]
-    x_left, x_right = x_left * num_heads + origin, x_right * num_heads + origin
-    y_above, y_below = y_above * (widths_L1 * num_heads), y_below * (widths_L1 * num_heads)
-    rows = torch.stack((y_above + x_left, y_above + x_right, y_below + x_left, y_below + x_right), -1)
-    above, below = above * weights_BNALP, below * weights_BNALP
-    weights = torch.stack((above * left, above * right, below * left, below * right), -1)
-    return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
-
-
-def _neighbours(low: Tensor, after: Tensor, size_L1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and (clamped) indices of the two cells around a point of one axis; outside the level the weight is zero."""
-    zero = torch.zeros((), dtype=torch.int32, device=low.device)
-    last_L1 = size_L1 - 1
-    first, second = low.clamp(min=zero, max=last_L1), (low + 1).clamp(min=zero, max=last_L1)
-    return (1 - after) * (first == low), after * (second == low + 1), first, second
-
-
-class _WeightedRowSums(torch.autograd.Function):
-    """sum over k of weights[s, k] * table[rows[s, k]] -> (S, D), with a backward that sorts 32-bit keys.
-
-    The gradient of the table is a weighted sum of rows as well, of the gradient's rows, once the (s, k) pairs are in the
-    order of the table; `embedding_bag`'s own backward sorts 64-bit keys for the same numbers, which takes longer.
-    """
+class _DeformableAttention(torch.autograd.Function):
+    """The sums (B, N, A, D) in float32. Nothing in the backward is scattered, so its order of additions is fixed."""
 
     @staticmethod
-    def forward(ctx: Any, table_TD: Tensor, rows_SK: Tensor, weights_SK: Tensor) -> Tensor:
-        ctx.save_for_backward(table_TD, rows_SK, weights_SK)
-        return nn.functional.embedding_bag(rows_SK, table_TD, mode="sum", per_sample_weights=weights_SK)
+    def forward(
+        ctx: Any, value_BMAD: Tensor, locations_BNAK2: Tensor, weights_BNAK: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        table_TD = _bordered_table(value_BMAD, shapes)
+        cells_SK, after_SK2, steps_4K = _upper_left_cells(locations_BNAK2, shapes)
+        weights_SK = weights_BNAK.flatten(0, 2)
+        rows_S4K = cells_SK[:, None] + steps_4K
+        corner_weights_S4K = _corner_weights(after_SK2, weights_SK)
+        sums_SD = nn.functional.embedding_bag(
+            rows_S4K.flatten(1), table_TD, mode="sum", per_sample_weights=corner_weights_S4K.flatten(1)
+        )
+        ctx.save_for_backward(table_TD, cells_SK, after_SK2, weights_SK, steps_4K)
+        ctx.value_shape, ctx.value_dtype, ctx.shapes = value_BMAD.shape, value_BMAD.dtype, shapes
+        return sums_SD.view(*weights_BNAK.shape[:3], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        table_TD, rows_SK, weights_SK = ctx.saved_tensors
-        grad_SD = grad_SD.contiguous()
-        grad_table_TD = grad_weights_SK = None
-        rows = rows_SK.flatten()
+    def backward(ctx: Any, grad_BNAD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        table_TD, cells_SK, after_SK2, weights_SK, steps_4K = ctx.saved_tensors
+        grad_SD = grad_BNAD.flatten(0, 2).contiguous()
+        grad_value = grad_locations = grad_weights = None
         if ctx.needs_input_grad[0]:
-            order = rows.sort(stable=True).indices
-            counts_T = torch.bincount(rows, minlength=len(table_TD))
-            grad_table_TD = nn.functional.embedding_bag(
-                order.div(rows_SK.shape[1], rounding_mode="floor"),
-                grad_SD,
-                offsets=counts_T.cumsum(0) - counts_T,
-                mode="sum",
-                per_sample_weights=weights_SK.flatten()[order],
-            )
-        if ctx.needs_input_grad[2]:
-            bags = torch.arange(len(rows_SK), device=rows.device, dtype=rows.dtype).repeat_interleave(rows_SK.shape[1])
-            offsets_S = torch.arange(0, rows.numel(), rows_SK.shape[1], device=rows.device, dtype=rows.dtype)
-            grad_weights_SK = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_SD, table_TD, rows, offsets_S, bags, 0
-            ).view_as(weights_SK)
-        return grad_table_TD, None, grad_weights_SK
+            corner_weights_S4K = _corner_weights(after_SK2, weights_SK)
+            sums_4TD = _sums_of_cells(grad_SD, cells_SK, corner_weights_S4K, len(table_TD))
+            grad_value = _add_corners(sums_4TD, ctx.value_shape, ctx.shapes).to(ctx.value_dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            products_S4K = _row_products(grad_SD, table_TD, cells_SK[:, None] + steps_4K)
+            upper_left, upper_right, lower_left, lower_right = products_S4K.unbind(1)
+            x_SK, y_SK = after_SK2.unbind(-1)
+            upper_SK, lower_SK = upper_left.lerp(upper_right, x_SK), lower_left.lerp(lower_right, x_SK)
+            grad_weights = upper_SK.lerp(lower_SK, y_SK).view(*grad_BNAD.shape[:3], -1)
+            x_slopes_SK = (upper_right - upper_left).lerp_(lower_right - lower_left, y_SK).mul_(weights_SK)
+            y_slopes_SK = lower_SK.sub_(upper_SK).mul_(weights_SK)
+            slopes_SK2 = torch.stack((x_slopes_SK, y_slopes_SK), -1).mul_(_sizes(ctx.shapes, after_SK2))
+            grad_locations = slopes_SK2.view(*grad_weights.shape, 2)
+        return grad_value, grad_locations, grad_weights, None
+
+
+def _bordered(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(height + 2 * _BORDER, width + 2 * _BORDER) for height, width in shapes]
+
+
+def _levels(cells_BMAD: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """A view (B, h, w, A, D) of every level."""
+    parts = cells_BMAD.split([height * width for height, width in shapes], 1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _bordered_table(value_BMAD: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """The values, every level in a border of zeros -> (T, D) float32."""
+    batch_size, _, num_heads, head_dim = value_BMAD.shape
+    outer = _bordered(shapes)
+    num_cells = sum(height * width for height, width in outer)
+    table = torch.zeros(batch_size, num_cells, num_heads, head_dim, device=value_BMAD.device)
+    for place, level in zip(_levels(table, outer), _levels(value_BMAD, shapes), strict=True):
+        place[:, _BORDER:-_BORDER, _BORDER:-_BORDER] = level
+    return table.view(-1, head_dim)
+
+
+def _sizes(shapes: list[tuple[int, int]], points_K2: Tensor) -> Tensor:
+    """Width and height of the level of each point -> (K, 2) float32. Whole rows of K: broadcasting over P is slower."""
+    num_points = points_K2.shape[-2] // len(shapes)
+    return torch.tensor([(w, h) for h, w in shapes for _ in range(num_points)], device=points_K2.device, dtype=torch.float32)
+
+
+def _upper_left_cells(locations_BNAK2: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each point is -> rows of its upper left cell (S, K) int32, what it lies after that in x and y (S, K, 2) in 0..1,
+    and the steps from that row to the rows of the four corners (4, K)."""
+    batch_size, _, num_heads, num_points, _ = locations_BNAK2.shape
+    device = locations_BNAK2.device
+    # In cells; a cell's centre is at a whole number. In grid_sample's own steps: a point on a centre, where Deformable DETR's
+    # initial offsets lie, must fall on the same side, or the gradient of the location is another cell's.
+    sizes_K2 = _sizes(shapes, locations_BNAK2)
+    points_BNAK2 = (2 * locations_BNAK2).sub_(1).add_(1).mul_(sizes_K2).sub_(1).mul_(0.5)
+    low_BNAK2 = points_BNAK2.floor()
+    after_BNAK2 = points_BNAK2.sub_(low_BNAK2)
+    sizes_K2 = sizes_K2.to(torch.int32)
+    low_BNAK2 = low_BNAK2.to(torch.int32).clamp_(torch.full_like(sizes_K2, -_BORDER), sizes_K2)
+
+    outer = _bordered(shapes)
+    starts, num_cells = [], 0
+    for height, width in outer:
+        starts.append(num_cells + _BORDER * width + _BORDER)
+        num_cells += height * width
+    per_level = torch.tensor([(start, width) for start, (_, width) in zip(starts, outer, strict=True)], device=device)
+    starts_K, widths_K = per_level.to(torch.int32).repeat_interleave(num_points // len(shapes), 0).mul(num_heads).unbind(-1)
+    images_B = torch.arange(batch_size, device=device, dtype=torch.int32) * (num_cells * num_heads)
+    heads_A = torch.arange(num_heads, device=device, dtype=torch.int32)
+    origin_B1AK = images_B[:, None, None, None] + heads_A[:, None] + starts_K
+    x_BNAK, y_BNAK = low_BNAK2.unbind(-1)
+    cells_BNAK = (x_BNAK * num_heads).add_(y_BNAK * widths_K).add_(origin_B1AK)
+    right_K = torch.full_like(widths_K, num_heads)
+    steps_4K = torch.stack((right_K - num_heads, right_K, widths_K, widths_K + num_heads))
+    return cells_BNAK.flatten(0, 2), after_BNAK2.flatten(0, 2), steps_4K
+
+
+def _corner_weights(after_SK2: Tensor, weights_SK: Tensor) -> Tensor:
+    """Bilinear weights of the four cells times the weight of the point -> (S, 4, K)."""
+    x_SK, y_SK = after_SK2.unbind(-1)
+    lower = weights_SK * y_SK
+    upper = weights_SK - lower
+    lower_right, upper_right = lower * x_SK, upper * x_SK
+    return torch.stack((upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right), 1)
+
+
+def _sums_of_cells(grad_SD: Tensor, cells_SK: Tensor, corner_weights_S4K: Tensor, num_rows: int) -> list[Tensor]:
+    """For each corner, the weighted sum of the gradients of all points with the same upper left cell -> 4 of (T, D).
+
+    The points are sorted by that cell once, for all corners.
+    """
+    cells = cells_SK.flatten()
+    order = cells.sort(stable=True).indices
+    counts_T = torch.bincount(cells, minlength=num_rows)
+    starts_T = counts_T.cumsum(0) - counts_T
+    sums = order.div(cells_SK.shape[1], rounding_mode="floor")
+    return [
+        nn.functional.embedding_bag(
+            sums, grad_SD, offsets=starts_T, mode="sum", per_sample_weights=weights_SK.flatten().index_select(0, order)
+        )
+        for weights_SK in corner_weights_S4K.unbind(1)
+    ]
+
+
+def _add_corners(sums_4TD: list[Tensor], value_shape: tuple[int, ...], shapes: list[tuple[int, int]]) -> Tensor:
+    """Every cell is the upper left one of some points, the upper right one of others, ... -> (B, M, A, D)."""
+    batch_size, _, num_heads, head_dim = value_shape
+    grad_BMAD = sums_4TD[0].new_empty(value_shape)
+    outer = _bordered(shapes)
+    tables = [_levels(sums_TD.view(batch_size, -1, num_heads, head_dim), outer) for sums_TD in sums_4TD]
+    corners = ((0, 0), (0, 1), (1, 0), (1, 1))  # this many rows and columns after the upper left cell
+    for grad, *levels in zip(_levels(grad_BMAD, shapes), *tables, strict=True):
+        height, width = grad.shape[1:3]
+        parts = [
+            level[:, _BORDER - y : _BORDER - y + height, _BORDER - x : _BORDER - x + width]
+            for level, (y, x) in zip(levels, corners, strict=True)
+        ]
+        torch.add(parts[0], parts[1], out=grad)
+        grad.add_(parts[2]).add_(parts[3])
+    return grad_BMAD
+
+
+def _row_products(grad_SD: Tensor, table_TD: Tensor, rows_S4K: Tensor) -> Tensor:
+    """The scalar product of every sum's gradient with every row that it adds -> (S, 4, K).
+
+    On a CPU as a product of two matrices at the places of a sparse one, which takes half the time of embedding_bag's own.
+    """
+    rows, step = rows_S4K.flatten(), rows_S4K[0].numel()
+    if grad_SD.device.type != "cpu" or step > len(table_TD):  # a sparse matrix holds no more places than a full one
+        return _bag_products(grad_SD, table_TD, rows_S4K)
+    starts = torch.arange(0, len(rows) + 1, step, dtype=rows.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(
+            starts, rows, grad_SD.new_zeros(len(rows)), (len(grad_SD), len(table_TD)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(places, grad_SD, table_TD.t(), beta=0.0).values().view(rows_S4K.shape)
+
+
+def _bag_products(grad_SD: Tensor, table_TD: Tensor, rows_S4K: Tensor) -> Tensor:
+    rows, step = rows_S4K.flatten(), rows_S4K[0].numel()
+    sums = torch.arange(len(grad_SD), device=rows.device, dtype=rows.dtype).repeat_interleave(step)
+    starts = torch.arange(0, len(rows), step, device=rows.device, dtype=rows.dtype)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_SD, table_TD, rows, starts, sums, 0)
+    return products.view(rows_S4K.shape)
 
 
 class SIMDeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
