@@ -132,6 +132,25 @@ def test_box_in_the_padding_has_no_edges_and_no_loss():
     assert (logits.grad[0] == 0).all() and (logits.grad[1] != 0).any()
 
 
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 2), (5, 1)])
+def test_edges_are_those_of_the_dense_maps(kernel_size, dilation):
+    images, valid = _two_tone_photograph()
+    corner_G2 = torch.rand(12, 2) * 52 - 4
+    boxes_G4 = torch.cat([corner_G2, corner_G2 + 0.5 + torch.rand(12, 2) * 30], 1)
+    image_ids_G = torch.arange(12) % 2
+    similarity = color_similarity(images, valid, stride=STRIDE, kernel_size=kernel_size, dilation=dilation)
+    edges = pairwise_edges(similarity, boxes_G4, image_ids_G, stride=STRIDE, dilation=dilation)
+    inside_GHW = box_masks(boxes_G4, 12, 14, STRIDE)
+    expected = {}
+    for k, (down, right) in enumerate(half_ring_offsets(kernel_size, dilation)):
+        for g, y, x in (similarity[image_ids_G, k] >= 0.3).nonzero().tolist():
+            if weight := int(inside_GHW[g, y, x]) + int(inside_GHW[g, y + down, x + right]):
+                expected[g, y * 14 + x, (y + down) * 14 + x + right] = weight
+    listed = zip(edges.instance_ids_E.tolist(), edges.anchors_E.tolist(), edges.neighbours_E.tolist(), strict=True)
+    assert dict(zip(listed, edges.weights_E.tolist(), strict=True)) == expected
+    assert (edges.instance_ids_E.diff() >= 0).all() and edges.counts_G.tolist() == edges.instance_ids_E.bincount().tolist()
+
+
 def test_every_instance_reads_its_own_image():
     images = torch.cat([_grey(), torch.rand(1, 3, 40, 40)])
     edges = _edges(images, [[8, 8, 24, 24], [8, 8, 24, 24]], image_ids=[1, 0], threshold=0.9)
@@ -211,6 +230,15 @@ def test_gradient_is_right_also_at_logits_of_zero_and_of_equal_size():
     logits = torch.randn(2, 5, 5, dtype=torch.float64)
     logits[0, 1], logits[0, 3], logits[1, ::2] = 0.0, -logits[0, 1], 1.5
     assert torch.autograd.gradcheck(lambda x: pairwise_loss(x, torch.tensor([1, 0]), edges), logits.requires_grad_())
+
+
+def test_gradient_made_in_advance_follows_what_comes_back_and_serves_twice():
+    edges = _edges(_grey(), [[8, 8, 32, 32], [4, 4, 20, 20]])
+    logits_NHW = torch.randn(2, 10, 10, requires_grad=True)
+    loss_N = pairwise_loss(logits_NHW, torch.arange(2), edges)
+    (each_NHW,) = torch.autograd.grad(loss_N.sum(), logits_NHW, retain_graph=True)
+    (weighted_NHW,) = torch.autograd.grad(loss_N, logits_NHW, torch.tensor([3.0, -0.5]))
+    torch.testing.assert_close(weighted_NHW, each_NHW * torch.tensor([3.0, -0.5])[:, None, None])
 
 
 def test_rows_may_come_in_any_order_repeat_or_be_left_out():

@@ -10,8 +10,8 @@ half of the neighbours is kept, and an edge weighs 1 for each of its ends that l
 work.
 
 Shape letters: B images, G annotated instances, N predictions assigned to an instance, K offsets of the half ring (4 for
-a 3x3 kernel), E edges of the batch, T edges of all rows (an instance's edges once per prediction), H and W the mask
-grid.
+a 3x3 kernel), E edges of the batch, T edges of all rows (an instance's edges once per prediction), V cells in or beside
+the boxes, instance by instance, H and W the mask grid, P all of its cells, L rows or columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from sim_hf.losses.color import rgb_to_lab
 from sim_hf.losses.precision import at_least_float32
-from sim_hf.structures import box_masks
+from sim_hf.structures import rasterize_boxes
 
 
 @dataclass(frozen=True)
@@ -102,23 +102,31 @@ def pairwise_edges(
     if kernel_size < 3 or kernel_size**2 != 2 * num_offsets + 1:
         raise ValueError(f"similarity must hold half a ring of offsets (4 for a 3x3 kernel), got {num_offsets}")
     offsets = half_ring_offsets(kernel_size, dilation)
-    inside_GHW = box_masks(boxes_G4, height, width, stride).to(torch.uint8)
-    ends_GKHW = inside_GHW[:, None].repeat(1, num_offsets, 1, 1)
-    for k, (down, right) in enumerate(offsets):
-        anchor, neighbour = _overlap((height, width), down, right)
-        ends_GKHW[:, k][(..., *anchor)] += inside_GHW[(..., *neighbour)]
-    ends_GKHW *= (similarity_BKHW >= threshold)[image_ids_G]
-    instance_ids_E, ks_E, rows_E, columns_E = ends_GKHW.nonzero(as_tuple=True)
-    anchors_E = rows_E * width + columns_E
-    steps_K = torch.tensor([down * width + right for down, right in offsets], device=anchors_E.device)
-    weights_E = ends_GKHW[instance_ids_E, ks_E, rows_E, columns_E].float()
+    steps_K = torch.tensor([down * width + right for down, right in offsets], device=boxes_G4.device)
+    # Only a cell in the box, or as far from it as the ring reaches, has an end in the box.
+    rows_GH, columns_GW = rasterize_boxes(boxes_G4, height, width, stride)
+    near_rows_GH, near_columns_GW = (_grown(line_GL, offsets[-1][0]) for line_GL in (rows_GH, columns_GW))
+    places_V = (near_rows_GH[:, :, None] & near_columns_GW[:, None, :]).flatten().nonzero()[:, 0]
+    instances_V = places_V // (height * width)
+    cells_V = places_V - instances_V * (height * width)
+    inside = (rows_GH[:, :, None] & columns_GW[:, None, :]).flatten().to(torch.uint8)
+    similar_PK = (similarity_BKHW >= threshold).permute(0, 2, 3, 1).reshape(-1, num_offsets)
+    ends_VK = similar_PK.index_select(0, image_ids_G.index_select(0, instances_V) * (height * width) + cells_V).to(torch.uint8)
+    for ends_V, step in zip(ends_VK.unbind(1), steps_K.tolist(), strict=True):
+        # A neighbour outside of the grid is similar to nobody: whatever stands in for it is multiplied by 0.
+        neighbours_V = (places_V + step).clamp_(max=len(inside) - 1)
+        ends_V *= inside.index_select(0, places_V) + inside.index_select(0, neighbours_V)
+    edges_E = ends_VK.flatten().nonzero()[:, 0]
+    rows_E = edges_E // num_offsets
+    instance_ids_E, anchors_E = instances_V.index_select(0, rows_E), cells_V.index_select(0, rows_E)
+    weights_E = ends_VK.flatten().index_select(0, edges_E).float()
     totals_G = weights_E.new_zeros(boxes_G4.shape[0]).index_add_(0, instance_ids_E, weights_E)
     return PairwiseEdges(
         instance_ids_E=instance_ids_E,
         anchors_E=anchors_E,
-        neighbours_E=anchors_E + steps_K[ks_E],
+        neighbours_E=anchors_E + steps_K.index_select(0, edges_E - rows_E * num_offsets),
         weights_E=weights_E,
-        shares_E=weights_E / totals_G[instance_ids_E],
+        shares_E=weights_E / totals_G.index_select(0, instance_ids_E),
         counts_G=torch.bincount(instance_ids_E, minlength=boxes_G4.shape[0]),
         grid_size=(height, width),
     )
@@ -141,11 +149,11 @@ def pairwise_loss(mask_logits_NHW: Tensor, instance_ids_N: Tensor, edges: Pairwi
     rows_T = torch.repeat_interleave(counts_N)
     # Where the row's edges begin in the list of edges, minus where they begin in the list of all rows.
     shift_N = (edges.counts_G.cumsum(0) - edges.counts_G)[instance_ids_N] - (counts_N.cumsum(0) - counts_N)
-    edges_T = torch.arange(rows_T.shape[0], device=rows_T.device) + shift_N[rows_T]
+    edges_T = torch.arange(rows_T.shape[0], device=rows_T.device).add_(shift_N.index_select(0, rows_T))
     origin_T = rows_T * (edges.grid_size[0] * edges.grid_size[1])
-    anchors_T = origin_T + edges.anchors_E[edges_T]
-    neighbours_T = origin_T + edges.neighbours_E[edges_T]
-    return _PairwiseMean.apply(mask_logits_NHW, anchors_T, neighbours_T, edges.shares_E[edges_T], rows_T)
+    anchors_T = edges.anchors_E.index_select(0, edges_T).add_(origin_T)
+    neighbours_T = edges.neighbours_E.index_select(0, edges_T).add_(origin_T)
+    return _PairwiseMean.apply(mask_logits_NHW, anchors_T, neighbours_T, edges.shares_E.index_select(0, edges_T), rows_T)
 
 
 def half_ring_offsets(kernel_size: int, dilation: int) -> list[tuple[int, int]]:
@@ -160,30 +168,31 @@ class _PairwiseMean(torch.autograd.Function):
     """sum over the edges of a row of share * -log(p q + (1 - p)(1 - q)), touching the ends of the edges only.
 
     With x, y the logits of p, q, -log(p q + (1-p)(1-q)) = softplus(x) + softplus(y) - softplus(x + y). Its derivative
-    is sigmoid(x) - sigmoid(x + y). A hand-written backward keeps no softplus for later and scatters into one buffer;
-    and it lets the value be written with absolute values (below), whose own derivative would be wrong at a logit of 0.
+    is sigmoid(x) - sigmoid(x + y). The gradient is made at once, while the two ends are at hand: what waits for the
+    backward is one map a row instead of five lists of edges. It also lets the value be written with absolute values
+    (below), whose own derivative would be wrong at a logit of 0.
     """
 
     @staticmethod
     def forward(ctx, mask_logits_NHW, anchors_T, neighbours_T, shares_T, rows_T):
-        ctx.save_for_backward(mask_logits_NHW, anchors_T, neighbours_T, shares_T, rows_T)
         flat_logits = mask_logits_NHW.reshape(-1)
-        x_T, y_T = at_least_float32(flat_logits[anchors_T]), at_least_float32(flat_logits[neighbours_T])
+        x_T = at_least_float32(flat_logits.index_select(0, anchors_T))
+        y_T = at_least_float32(flat_logits.index_select(0, neighbours_T))
+        if ctx.needs_input_grad[0]:
+            both_T = (x_T + y_T).sigmoid_()
+            gradient = x_T.new_zeros(flat_logits.shape)
+            gradient.index_add_(0, anchors_T, x_T.sigmoid().sub_(both_T).mul_(shares_T))
+            gradient.index_add_(0, neighbours_T, y_T.sigmoid().sub_(both_T).mul_(shares_T))
+            ctx.save_for_backward(gradient.reshape(mask_logits_NHW.shape))
+            ctx.logits_dtype = mask_logits_NHW.dtype
         losses_T = _disagreement(x_T, y_T).mul_(shares_T)
         return losses_T.new_zeros(mask_logits_NHW.shape[0]).index_add_(0, rows_T, losses_T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_N):
-        mask_logits_NHW, anchors_T, neighbours_T, shares_T, rows_T = ctx.saved_tensors
-        flat_logits = mask_logits_NHW.reshape(-1)
-        x_T, y_T = at_least_float32(flat_logits[anchors_T]), at_least_float32(flat_logits[neighbours_T])
-        scale_T = grad_N[rows_T] * shares_T
-        both_T = (x_T + y_T).sigmoid_()
-        grad = x_T.new_zeros(flat_logits.shape)
-        grad.index_add_(0, anchors_T, x_T.sigmoid().sub_(both_T).mul_(scale_T))
-        grad.index_add_(0, neighbours_T, y_T.sigmoid().sub_(both_T).mul_(scale_T))
-        return grad.reshape(mask_logits_NHW.shape).to(mask_logits_NHW.dtype), None, None, None, None
+        (gradient_NHW,) = ctx.saved_tensors
+        return (gradient_NHW * grad_N[:, None, None]).to(ctx.logits_dtype), None, None, None, None
 
 
 def _disagreement(x_T: Tensor, y_T: Tensor) -> Tensor:
@@ -196,6 +205,11 @@ def _disagreement(x_T: Tensor, y_T: Tensor) -> Tensor:
     tails_T = (a_T + b_T + a_T * b_T).sub_(both_T).div_(both_T.add_(1)).log1p_()
     opposed_T = torch.maximum(torch.minimum(x_T, -y_T), torch.minimum(-x_T, y_T)).clamp_(min=0)
     return tails_T.add_(opposed_T)
+
+
+def _grown(line_GL: Tensor, reach: int) -> Tensor:
+    """Marks (bool) that spread by `reach` cells to both sides."""
+    return functional.max_pool1d(line_GL[:, None].float(), 2 * reach + 1, 1, padding=reach)[:, 0] > 0
 
 
 def _overlap(size: tuple[int, int] | torch.Size, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
