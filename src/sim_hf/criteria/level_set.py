@@ -80,8 +80,7 @@ class LevelSetCriterion:
         rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride)
         colors_BCHW, valid_BHW = colors_on_grid(images_BCHW, pixel_mask_BHW, height, width)
         affinity_BKHW = color_affinity(colors_BCHW, valid_BHW, dilation=self.dilation, alpha=self.consistency_alpha)
-        image_map = colors_BCHW / COLOR_SPREAD / colors_BCHW.shape[1] ** 0.5  # Box2Mask: mean over the channels
-        feature_map = unit_features(students[0].mask_features_BCHW)
+        map_BCHW = self._weighted_map(colors_BCHW, students[0].mask_features_BCHW)
         inside_GHW = (rows_GH[:, :, None] * columns_GW[:, None, :] > 0) & valid_BHW[targets.image_ids_G]
         projection, energy, consistency = [], [], []
         for student in students:
@@ -89,9 +88,7 @@ class LevelSetCriterion:
             logits_NHW, ids_N = student.mask_logits_NHW[chosen_N], student.instance_ids_N[chosen_N]
             inside_NHW, image_ids_N = inside_GHW[ids_N], targets.image_ids_G[ids_N]
             projection.append(projection_loss(logits_NHW, rows_GH[ids_N], columns_GW[ids_N]))
-            on_image_N = region_energy(logits_NHW, inside_NHW, image_map, image_ids_N)
-            on_features_N = region_energy(logits_NHW, inside_NHW, feature_map, image_ids_N)
-            energy.append(self.image_weight * on_image_N + self.feature_weight * on_features_N)
+            energy.append(region_energy(logits_NHW, inside_NHW, map_BCHW, image_ids_N))
             consistency.append(
                 local_consistency_loss(
                     logits_NHW,
@@ -112,6 +109,12 @@ class LevelSetCriterion:
                 "loss_dice": self.dice_weight * sum_over_layers(dice, num_instances),
             }
         )
+
+    @torch.no_grad()
+    def _weighted_map(self, colors_BCHW: Tensor, features_BCHW: Tensor) -> Tensor:
+        """Colours and features as one map whose energy is the weighted sum of theirs: energies add up over the channels."""
+        color_scale = (self.image_weight / colors_BCHW.shape[1]) ** 0.5 / COLOR_SPREAD  # Box2Mask: mean over the channels
+        return torch.cat([color_scale * colors_BCHW, self.feature_weight**0.5 * unit_features(features_BCHW)], dim=1)
 
 
 @torch.no_grad()

@@ -34,10 +34,10 @@ def region_energy(mask_logits_NHW: Tensor, inside_NHW: Tensor, maps_BCHW: Tensor
         raise ValueError(f"maps must be (B, C, {shape[1]}, {shape[2]}) like the masks, got {tuple(maps_BCHW.shape)}")
     logits_NP = at_least_float32(mask_logits_NHW).flatten(1)
     inside_NP = inside_NHW.flatten(1).to(logits_NP.dtype)
-    regions = logits_NP.sigmoid() * inside_NP, (-logits_NP).sigmoid() * inside_NP
+    regions_2NP = torch.stack([logits_NP.sigmoid(), (-logits_NP).sigmoid()]) * inside_NP
     maps_BCP = maps_BCHW.detach().to(logits_NP.dtype).flatten(2)
-    energies = [region_NP * _distances_to_mean(region_NP, maps_BCP, image_ids_N) for region_NP in regions]
-    return (energies[0] + energies[1]).sum(-1) / inside_NP.sum(-1).clamp(min=1)
+    energies_2NP = regions_2NP * _distances_to_means(regions_2NP, maps_BCP, image_ids_N)
+    return energies_2NP.sum((0, 2)) / inside_NP.sum(-1).clamp(min=1)
 
 
 @torch.no_grad()
@@ -109,23 +109,23 @@ def unit_features(features_BCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _distances_to_mean(region_NP: Tensor, maps_BCP: Tensor, image_ids_N: Tensor) -> Tensor:
-    """Squared distance of each cell's vector to the region's mean vector -> (N, P).
+def _distances_to_means(regions_2NP: Tensor, maps_BCP: Tensor, image_ids_N: Tensor) -> Tensor:
+    """Squared distance of each cell's vector to the mean vector of the mask, and of the rest of the box -> (2, N, P).
 
     Without gradient: the mean is where the energy is smallest, so its own derivative adds nothing. Image by image, as matrix
     products: nothing of size (N, C, P).
     """
-    distances_NP = torch.zeros_like(region_NP)
-    with autocast_disabled(region_NP):
+    distances_2NP = torch.zeros_like(regions_2NP)
+    with autocast_disabled(regions_2NP):
         for image in image_ids_N.unique().tolist():
             rows = (image_ids_N == image).nonzero()[:, 0]
             map_CP = maps_BCP[image]
             map_CP = map_CP - map_CP.mean(1, keepdim=True)  # smaller numbers, of which less is lost in the difference below
-            mass_n1 = region_NP[rows].sum(1, keepdim=True).clamp(min=SMALLEST_MASS)
-            means_nC = (region_NP[rows] / mass_n1) @ map_CP.T
-            squares_nP = map_CP.square().sum(0) - 2 * means_nC @ map_CP + means_nC.square().sum(1, keepdim=True)
-            distances_NP[rows] = squares_nP.clamp_(min=0)
-    return distances_NP
+            regions_2nP = regions_2NP[:, rows]
+            means_2nC = regions_2nP @ map_CP.T / regions_2nP.sum(-1, keepdim=True).clamp(min=SMALLEST_MASS)
+            squares_2nP = map_CP.square().sum(0) - 2 * means_2nC @ map_CP + means_2nC.square().sum(-1, keepdim=True)
+            distances_2NP[:, rows] = squares_2nP.clamp_(min=0)
+    return distances_2NP
 
 
 def _windows(maps_BCHW: Tensor, dilation: int) -> Tensor:

@@ -26,8 +26,8 @@ KEYS = ["loss_cross_entropy", "loss_projection", "loss_level_set", "loss_local_c
 FEATURES = torch.randn(2, CHANNELS, *GRID, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(mask_logits, instance_ids):
-    return MaskPredictions(mask_logits, torch.tensor(instance_ids), torch.ones(len(instance_ids)), FEATURES)
+def student_of(mask_logits, instance_ids, num_images=2):
+    return MaskPredictions(mask_logits, torch.tensor(instance_ids), torch.ones(len(instance_ids)), FEATURES[:num_images])
 
 
 def call(criterion, students, targets, *, num_instances=3.0, images=None):
@@ -96,7 +96,7 @@ def test_a_mask_of_one_kind_costs_less_than_one_across_the_kinds():
     losses = [
         call(
             LevelSetCriterion(feature_weight=0),
-            [student_of(logits, [0])],
+            [student_of(logits, [0], num_images=1)],
             targets,
             images=(images, torch.ones(1, *INPUT)),
         )
@@ -113,7 +113,7 @@ def test_what_stands_in_the_padding_changes_nothing():
     pixel_mask[:, :, 30:] = 0
     other = images.clone()
     other[:, :, :, 30:] = 0.3
-    students = [student_of(torch.randn(1, *GRID), [0])]
+    students = [student_of(torch.randn(1, *GRID), [0], num_images=1)]
     one, two = (call(LevelSetCriterion(), students, targets, images=(i, pixel_mask)) for i in (images, other))
     assert one["loss_local_consistency"].item() == pytest.approx(two["loss_local_consistency"].item())
     only_image = LevelSetCriterion(feature_weight=0)
