@@ -1,5 +1,6 @@
 """Both implementations of COCO's evaluation give the same arrays."""
 
+import gc
 import importlib.util
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from sim_hf.evaluation import coco_backend
-from sim_hf.evaluation.coco_backend import default_backend, precision_and_recall
+from sim_hf.evaluation.coco_backend import collector_paused, default_backend, precision_and_recall
 
 needs_faster = pytest.mark.skipif(
     importlib.util.find_spec("faster_coco_eval") is None, reason="faster-coco-eval is not installed"
@@ -57,6 +58,43 @@ def test_the_fast_backend_gives_the_arrays_of_pycocotools(iou_type, seed):
     ]
     for fast, reference in zip(*arrays, strict=True):
         np.testing.assert_allclose(fast, reference, rtol=1e-12, atol=0)  # pycocotools adds 2e-16 to its denominators
+
+
+@needs_faster
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_that_are_compared_with_nothing_need_not_be_read(seed):
+    """Few objects: most predictions are in an image without an object of their class, whose masks the fast one leaves out."""
+    rng = np.random.default_rng(seed)
+    ground_truth = {
+        "images": [{"id": i, "height": 120, "width": 150} for i in range(1, 9)],
+        "categories": [{"id": 2, "name": "a"}, {"id": 5, "name": "b"}, {"id": 90, "name": "c"}],
+        "annotations": random_annotations(rng, 6, scored=False),
+    }
+    predictions = random_annotations(rng, 200, scored=True)
+    arrays = [
+        precision_and_recall(
+            ground_truth, predictions, "segm", image_ids=range(1, 9), max_detections=[1, 10, 100], backend=backend
+        )
+        for backend in ("faster-coco-eval", "pycocotools")
+    ]
+    for fast, reference in zip(*arrays, strict=True):
+        np.testing.assert_allclose(fast, reference, rtol=1e-12, atol=0)
+    assert (arrays[0][1] > 0).any()
+
+
+def test_the_collector_is_left_as_it_was():
+    assert gc.isenabled()
+    with pytest.raises(ValueError), collector_paused(), collector_paused():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_pycocotools_is_what_remains_without_the_fast_backend(monkeypatch):

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sim_hf.evaluation.coco_evaluator import CocoEvaluator, from_coco_results
+from sim_hf.evaluation.coco_evaluator import CocoEvaluator
+from sim_hf.evaluation.coco_results import from_coco_results
 
 SURE = 0.3  # detections that a person would be shown
 

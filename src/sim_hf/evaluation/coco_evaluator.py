@@ -6,22 +6,20 @@ A area ranges, M values of `max_detections`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from pycocotools import mask as coco_mask
 
-from sim_hf.data.cropped_masks import CroppedMasks
-from sim_hf.data.masks import checked_rles, encode_rle
-from sim_hf.evaluation.coco_backend import IouType, precision_and_recall
+from sim_hf.evaluation.coco_backend import IouType, collector_paused, precision_and_recall
+from sim_hf.evaluation.coco_results import NO_CATEGORY, ImagePredictions
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
 AREAS = ("all", "small", "medium", "large")  # pycocotools' order
 IOU_TYPES: tuple[IouType, ...] = ("segm", "bbox")
-NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set does not have; it may not be predicted
 
 
 class CocoEvaluator:
@@ -51,7 +49,7 @@ class CocoEvaluator:
             raise ValueError(f"max_detections must be positive counts, got {tuple(max_detections)}")
         self.only_seen = only_seen
         self._image_sizes = {image["id"]: (image["height"], image["width"]) for image in self.ground_truth["images"]}
-        self._results_by_image: dict[int, list[dict[str, Any]]] = {}
+        self._predictions_by_image: dict[int, ImagePredictions] = {}
         self._is_synchronized = False
 
     def update(self, image_id: int | torch.Tensor, result: Mapping[str, Any]) -> None:
@@ -61,34 +59,38 @@ class CocoEvaluator:
         image_id = as_id(image_id.item() if isinstance(image_id, torch.Tensor) else image_id, "image_id")
         if image_id not in self._image_sizes:
             raise ValueError(f"image {image_id} is not in the ground truth ({len(self._image_sizes)} images)")
-        if image_id in self._results_by_image:
+        if image_id in self._predictions_by_image:
             return
-        results = to_coco_results(image_id, result, self.category_ids)
-        for position, prediction in enumerate(results):
-            size = prediction.get("segmentation", {}).get("size")
-            if size is not None and tuple(size) != self._image_sizes[image_id]:
+        predictions = ImagePredictions.from_result(image_id, result, self.category_ids)
+        for position, size in enumerate(predictions.sizes or ()):
+            if size != self._image_sizes[image_id]:
                 raise ValueError(
-                    f"image {image_id}: predicted mask {position} has (height, width) {tuple(size)}, "
+                    f"image {image_id}: predicted mask {position} has (height, width) {size}, "
                     f"the image has {self._image_sizes[image_id]}"
                 )
-        self._results_by_image[image_id] = results
+        self._predictions_by_image[image_id] = predictions
         self._is_synchronized = False
 
     def synchronize(self) -> None:
         """Give every rank the predictions of all ranks, each image once. Call it on all ranks; alone it does nothing."""
         if _world_size() > 1:
             gathered: list[Any] = [None] * _world_size()
-            torch.distributed.all_gather_object(gathered, self._results_by_image)
-            merged: dict[int, list[dict[str, Any]]] = {}
-            for results_by_image in gathered:
-                for image_id, results in results_by_image.items():
-                    merged.setdefault(image_id, results)
-            self._results_by_image = merged
+            torch.distributed.all_gather_object(gathered, self._predictions_by_image)
+            merged: dict[int, ImagePredictions] = {}
+            for predictions_by_image in gathered:
+                for image_id, predictions in predictions_by_image.items():
+                    merged.setdefault(image_id, predictions)
+            self._predictions_by_image = merged
         self._is_synchronized = True
 
     def coco_results(self) -> list[dict[str, Any]]:
         """All predictions in COCO's results format, by image id, then in the order they were given."""
-        return [result for _, results in sorted(self._results_by_image.items()) for result in results]
+        with collector_paused():
+            return [
+                result
+                for image_id, predictions in sorted(self._predictions_by_image.items())
+                for result in predictions.coco_results(image_id)
+            ]
 
     @property
     def note(self) -> str | None:
@@ -105,25 +107,23 @@ class CocoEvaluator:
         if _world_size() > 1 and not self._is_synchronized:
             raise RuntimeError("compute() before synchronize() would count only this rank's images")
         metrics: dict[str, float | None] = {}
-        for iou_type in IOU_TYPES:
-            is_measurable = self._evaluated_image_ids() and not (iou_type == "segm" and self._mask_note())
-            evaluation = self._evaluate(iou_type) if is_measurable else None
-            values = self._summarize(evaluation, per_class)
-            metrics |= {f"{iou_type}/{key}": value for key, value in values.items()}
+        with collector_paused():
+            for iou_type in IOU_TYPES:
+                is_measurable = self._evaluated_image_ids() and not (iou_type == "segm" and self._mask_note())
+                evaluation = self._evaluate(iou_type) if is_measurable else None
+                values = self._summarize(evaluation, per_class)
+                metrics |= {f"{iou_type}/{key}": value for key, value in values.items()}
         return metrics
 
     def _evaluated_image_ids(self) -> list[int]:
-        return sorted(self._results_by_image) if self.only_seen else sorted(self._image_sizes)
+        return sorted(self._predictions_by_image) if self.only_seen else sorted(self._image_sizes)
 
     def _evaluate(self, iou_type: IouType) -> tuple[np.ndarray, np.ndarray]:
-        predictions = [dict(result) for result in self.coco_results()]
-        for number, prediction in enumerate(predictions, start=1):
+        predictions = [
             # loadRes would take the box area for both, as soon as a result has a box: other numbers for AP_small etc.
-            if iou_type == "segm":
-                prediction["area"] = float(coco_mask.area(prediction["segmentation"]))
-            else:
-                prediction["area"] = prediction["bbox"][2] * prediction["bbox"][3]
-            prediction |= {"id": number, "iscrowd": 0}
+            {**result, "area": _area(result, iou_type), "id": number, "iscrowd": 0}
+            for number, result in enumerate(self.coco_results(), start=1)
+        ]
         return precision_and_recall(
             self.ground_truth,
             predictions,
@@ -170,17 +170,17 @@ class CocoEvaluator:
                 f"No mask AP: {missing} of {total} annotations have no usable mask{some}. "
                 "The box numbers are those of the predicted masks' own boxes, which is not mask AP."
             )
-        without = sum("segmentation" not in result for result in self.coco_results())
+        without = sum(len(predictions) for predictions in self._predictions_by_image.values() if predictions.counts is None)
         return f"No mask AP: {without} predictions have no mask." if without else None
 
     def _coverage_notes(self) -> list[str]:
         notes = []
-        unseen = len(self._image_sizes) - len(self._results_by_image)
+        unseen = len(self._image_sizes) - len(self._predictions_by_image)
         if unseen and not self.only_seen:
             notes.append(f"{unseen} of {len(self._image_sizes)} images had no prediction step and count as empty.")
         if unseen and self.only_seen:
-            notes.append(f"Only {len(self._results_by_image)} of {len(self._image_sizes)} images were evaluated.")
-        if not any(self._results_by_image.values()):
+            notes.append(f"Only {len(self._predictions_by_image)} of {len(self._image_sizes)} images were evaluated.")
+        if not any(map(len, self._predictions_by_image.values())):
             notes.append("There are no predictions.")
         annotated = {annotation["category_id"] for annotation in self.ground_truth["annotations"]}
         unknown = sorted(annotated - set(self.category_ids))
@@ -189,99 +189,8 @@ class CocoEvaluator:
         return notes
 
 
-def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """An image's predictions as COCO results: original category ids, `segmentation` as run lengths ready for JSON, `bbox`
-    xywh: the mask's own box, or the given one where there is no mask.
-
-    With pycocotools' `loadRes`, which takes area from `bbox` when a result has one, drop `bbox` for mask AP by size.
-    """
-    scores_n, labels_n = _numbers(result, "scores", image_id), _numbers(result, "labels", image_id)
-    if scores_n.ndim != 1 or scores_n.shape != labels_n.shape:
-        raise ValueError(f"image {image_id}: scores {scores_n.shape} and labels {labels_n.shape} must both be (n,)")
-    known = {label for label, category_id in enumerate(category_ids) if category_id != NO_CATEGORY}
-    bad_labels = [label for label in labels_n.tolist() if label not in known]
-    if bad_labels:
-        raise ValueError(f"image {image_id}: label {bad_labels[0]:g} has no category, known are {sorted(known)[:20]}")
-    count = len(scores_n)
-    boxes_n4 = _numbers(result, "boxes", image_id) if result.get("boxes") is not None else None
-    if boxes_n4 is not None and boxes_n4.shape != (count, 4) and not boxes_n4.size == count == 0:
-        raise ValueError(f"image {image_id}: boxes must be ({count}, 4) xyxy, got {boxes_n4.shape}")
-    rles = _run_lengths(result, image_id)
-    if rles is not None and len(rles) != count:
-        raise ValueError(f"image {image_id}: {len(rles)} masks for {count} scores")
-    if rles is None and boxes_n4 is None:
-        raise ValueError(f"image {image_id}: a result needs masks, rles or boxes, got {sorted(result)}")
-    mask_boxes_n4 = coco_mask.toBbox(cast(Any, rles)).tolist() if rles else []  # all at once: a call costs more than a box
-    predictions = []
-    for position in range(count):
-        prediction = {
-            "image_id": int(image_id),
-            "category_id": int(category_ids[int(labels_n[position])]),
-            "score": float(scores_n[position]),
-        }
-        if rles is not None:
-            prediction["segmentation"] = rles[position]
-            prediction["bbox"] = mask_boxes_n4[position]
-        elif boxes_n4 is not None:
-            x1, y1, x2, y2 = boxes_n4[position].tolist()
-            prediction["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-        predictions.append(prediction)
-    return predictions
-
-
-def from_coco_results(results: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """COCO results -> image id -> what `CocoEvaluator.update` takes: scores, labels, and `rles` or `boxes` xyxy (float64)."""
-    label_of = {int(category_id): label for label, category_id in enumerate(category_ids)}
-    by_image: dict[int, list[Mapping[str, Any]]] = {}
-    for result in results:
-        by_image.setdefault(as_id(result["image_id"], "image_id"), []).append(result)
-    converted = {}
-    for image_id, group in by_image.items():
-        unknown = {result["category_id"] for result in group} - set(label_of)
-        if unknown:
-            raise ValueError(f"image {image_id}: category {min(unknown)} of the results is not among the known ones")
-        fields: dict[str, Any] = {
-            "scores": torch.tensor([result["score"] for result in group], dtype=torch.float64),
-            "labels": torch.tensor([label_of[result["category_id"]] for result in group]),
-        }
-        with_masks = sum("segmentation" in result for result in group)
-        if with_masks not in (0, len(group)):
-            raise ValueError(f"image {image_id}: {with_masks} of {len(group)} results have a segmentation")
-        if with_masks:
-            fields["rles"] = [result["segmentation"] for result in group]
-        else:
-            boxes_n4 = torch.tensor([result["bbox"] for result in group], dtype=torch.float64).reshape(-1, 4)
-            boxes_n4[:, 2:] += boxes_n4[:, :2]
-            fields["boxes"] = boxes_n4
-        converted[image_id] = fields
-    return converted
-
-
-def _numbers(result: Mapping[str, Any], field: str, image_id: int) -> np.ndarray:
-    """A field as finite float64 numbers. pycocotools counts NaN scores and boxes as matches."""
-    if result.get(field) is None:
-        raise ValueError(f"image {image_id}: the result has no {field!r}, it has {sorted(result)}")
-    values = torch.as_tensor(result[field]).detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(values).all():
-        raise ValueError(f"image {image_id}: {field} are not all finite")
-    return values
-
-
-def _run_lengths(result: Mapping[str, Any], image_id: int) -> list[Any] | None:
-    masks_nHW, rles = result.get("masks"), result.get("rles")
-    if rles is not None:
-        try:
-            return checked_rles(list(rles))
-        except ValueError as error:
-            raise ValueError(f"image {image_id}: {error}") from error
-    if masks_nHW is None:
-        return None
-    if isinstance(masks_nHW, CroppedMasks):
-        return masks_nHW.run_lengths()
-    masks_nHW = torch.as_tensor(masks_nHW).detach()
-    if masks_nHW.dtype != torch.bool or masks_nHW.ndim != 3:
-        raise ValueError(f"image {image_id}: masks must be bool (n, H, W), got {masks_nHW.dtype} {tuple(masks_nHW.shape)}")
-    return [encode_rle(mask_HW) for mask_HW in masks_nHW.cpu().numpy()]
+def _area(result: Mapping[str, Any], iou_type: IouType) -> float:
+    return float(coco_mask.area(result["segmentation"])) if iou_type == "segm" else result["bbox"][2] * result["bbox"][3]
 
 
 def _checked_category_ids(category_ids: Sequence[int], categories: Sequence[Mapping[str, Any]]) -> list[int]:
