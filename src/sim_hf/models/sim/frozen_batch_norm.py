@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .depthwise_convolution import convolve, has_slow_backward
+
 
 class FoldingConv2d(nn.Conv2d):
     """A convolution that also does the work of the norm after it, while that is frozen."""
@@ -34,6 +36,11 @@ class FoldingConv2d(nn.Conv2d):
         if self.bias is not None:
             shift_C = shift_C + self.bias * scale_C
         return self._conv_forward(input, self.weight * scale_C[:, None, None, None], shift_C)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if has_slow_backward(self, input):
+            return convolve(self, input, weight, bias)
+        return super()._conv_forward(input, weight, bias)
 
 
 class FoldingBatchNorm2d(nn.BatchNorm2d):

@@ -21,6 +21,7 @@ from .backbone_config import FEATURE_STRIDES
 from .configuration_sim import SIMConfig
 from .deformable_attention import SIMDeformableAttention
 from .frozen_batch_norm import fold_batch_norms
+from .group_norm import SIMGroupNorm
 from .padding import downsample_valid, sine_position_embedding
 
 PLAIN_TRANSFORMERS = ("dinov2", "dinov2_with_registers")
@@ -57,6 +58,9 @@ class SIMPixelDecoder(Mask2FormerPixelDecoder):
     def __init__(self, config: SIMConfig, feature_channels: list[int]) -> None:
         super().__init__(config, feature_channels)
         self.encoder.layers = nn.ModuleList([SIMPixelDecoderEncoderLayer(config) for _ in range(config.encoder_layers)])
+        for module in self.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = SIMGroupNorm
 
     def forward(self, features: list[Tensor], valid_BHW: Tensor | None = None) -> Mask2FormerPixelDecoderOutput:
         coarse_first = features[::-1][: self.num_feature_levels]
