@@ -71,6 +71,8 @@ def test_masks_that_are_compared_with_nothing_need_not_be_read(seed):
         "annotations": random_annotations(rng, 6, scored=False),
     }
     predictions = random_annotations(rng, 200, scored=True)
+    found = [{**real, "id": 201 + k, "score": 0.4} for k, real in enumerate(ground_truth["annotations"]) if not real["iscrowd"]]
+    predictions += found
     arrays = [
         precision_and_recall(
             ground_truth, predictions, "segm", image_ids=range(1, 9), max_detections=[1, 10, 100], backend=backend
