@@ -113,18 +113,20 @@ def write_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Seq
     generated = documents[0].get("info", {}).get("generator") == GENERATOR_NAME
     counts = " + ".join(str(len(document["images"])) for document in documents)
     path = folder / "grid.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = list(dict.fromkeys([*earlier, *options.rows]))
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "seeds": []}
+    rows = list(dict.fromkeys([*earlier["rows"], *options.rows]))
+    seeds = sorted({*earlier["seeds"], *options.seeds})
     where = [] if options.data is None else ["--data", f"DATA/{data.name}"]
     named = [] if options.name is None else ["--name", options.name]
     command = ["python", "benchmarks/quality.py", "--size", options.size, "--rows", *rows]
     shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]  # the page names no path of the machine
-    command += ["--seeds", *map(str, options.seeds), *where, *named, *shown]
+    command += ["--seeds", *map(str, seeds), *where, *named, *shown]
     info = {
         "data": f"{'generated scenes' if generated else data.name} ({counts} images)",
         "size": options.size,
         "generated": generated,
         "rows": rows,
+        "seeds": seeds,
         "command": shlex.join(command),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from quality_run import ROW_OPTIONS
 from sim_hf.visualization import contact_sheet
 
 PERCENT, PLAIN = 100.0, 1.0
@@ -153,11 +154,18 @@ def _commit(git: dict[str, Any]) -> str:
 
 
 def _start(grid: Grid) -> str:
-    """Whether the rows of a seed began with the same weights: said, not assumed."""
+    """Whether the rows of a seed began with the same weights, and all runs had the same settings: said, not assumed."""
     by_seed: dict[int, dict[str, list[str]]] = {}
+    settings: dict[str, set[str]] = {}
     for row, records in grid.records.items():
         for record in records:
             by_seed.setdefault(record["seed"], {}).setdefault(record["initial_weights"], []).append(f"`{row}`")
+            for name, value in record["options"].items():
+                settings.setdefault(name, set()).add(json.dumps(value))
     other = dict.fromkeys(row for rows in by_seed.values() for group in sorted(rows.values(), key=len)[:-1] for row in group)
     same = "the same weights, images in the same order and augmentation in every row of a seed"
-    return same if not other else f"{same}, but other weights in {', '.join(other)}"
+    if other:
+        same += f", but other weights in {', '.join(other)}"
+    free = ROW_OPTIONS | {"seed"}
+    differing = sorted(name for name, values in settings.items() if len(values) > 1 and name not in free)
+    return same if not differing else f"{same}. NOT COMPARABLE: the runs differ in {', '.join(differing)}"

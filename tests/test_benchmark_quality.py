@@ -29,7 +29,7 @@ def load(name):
     return module
 
 
-quality_table, quality_run, quality = load("quality_table"), load("quality_run"), load("quality")
+quality_run, quality_table, quality = load("quality_run"), load("quality_table"), load("quality")
 
 OTHER_SUPERVISIONS = {
     "level_set_image_weight", "level_set_feature_weight", "consistency_weight", "consistency_iterations",
@@ -159,7 +159,7 @@ def test_pictures_of_photographs_stay_among_the_runs(finished, tmp_path):
 def test_the_table_gives_mean_and_standard_deviation_over_the_seeds(tmp_path):
     machine = {"gpus": ["A"], "cpu": "B", "cpu_count": 2, "threads": 1}
     base = {"steps": 5, "seconds_per_step": 2.0, "machine": machine, "time": "2026-01-01T00:00:00", "initial_weights": "w"}
-    base["git"] = {"commit": "0123456789abcdef", "dirty": True}
+    base |= {"git": {"commit": "0123456789abcdef", "dirty": True}, "options": {"max_steps": 5, "alpha": 0.5}}
     for seed, ap in ((0, 0.2), (1, 0.3), (2, 0.4)):
         folder = tmp_path / "grid" / "sim" / f"seed-{seed}"
         folder.mkdir(parents=True)
@@ -171,8 +171,11 @@ def test_the_table_gives_mean_and_standard_deviation_over_the_seeds(tmp_path):
     assert "* Hardware: A; 2.00 s a step" in text and "`0123456789` with changes" in text
     other = tmp_path / "grid" / "full" / "seed-0"
     other.mkdir(parents=True)
-    (other / "results.json").write_text(json.dumps({**base, "seed": 0, "segm/AP": 0.5, "initial_weights": "x"}))
-    assert "but other weights in" in quality_table.section(quality_table.read_grid(tmp_path / "grid"))
+    assert "NOT COMPARABLE" not in text and "but other weights" not in text
+    changed = {"initial_weights": "x", "options": {"max_steps": 6, "alpha": 0.7}}
+    (other / "results.json").write_text(json.dumps({**base, "seed": 0, "segm/AP": 0.5, **changed}))
+    text = quality_table.section(quality_table.read_grid(tmp_path / "grid"))
+    assert "but other weights in" in text and "NOT COMPARABLE: the runs differ in max_steps" in text and "alpha" not in text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
