@@ -98,6 +98,15 @@ def test_gradient_equals_that_of_amax_with_and_without_ties(dtype, levels):
     assert torch.equal(ours.grad != 0, plain.grad != 0)
 
 
+def test_bfloat16_mask_shares_the_gradient_of_a_long_flat_line():
+    rows_NH, gradients = torch.ones(1, 2), []
+    for dtype in (torch.bfloat16, torch.float32):
+        logits_NHW = torch.zeros(1, 2, 1024, dtype=dtype, requires_grad=True)
+        projection_loss(logits_NHW, rows_NH, torch.zeros(1, 1024)).sum().backward()
+        gradients.append(logits_NHW.grad)
+    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("box", [[13.0, 13.0, 14.0, 14.0], [31.5, 23.5, 32.0, 24.0], [40.0, 40.0, 41.0, 41.0]])
 def test_one_pixel_box_keeps_one_cell_and_a_finite_loss(box):
     rows_NH, columns_NW = box_projections(torch.tensor([box]), 6, 8, STRIDE)

@@ -83,21 +83,23 @@ class _Maxima(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows_NH, grad_columns_NW):
         mask_logits_NHW, rows_NH, columns_NW = ctx.saved_tensors
-        is_maximum_NHW = (mask_logits_NHW == rows_NH[:, :, None]) | (mask_logits_NHW == columns_NW[:, None, :])
-        n_M, h_M, w_M = is_maximum_NHW.nonzero(as_tuple=True)
-        logits_M = mask_logits_NHW[n_M, h_M, w_M]
-        grad_NHW = torch.zeros_like(mask_logits_NHW)
-        grad_NHW[n_M, h_M, w_M] = _shares(logits_M, rows_NH, grad_rows_NH, (n_M, h_M)) + _shares(
-            logits_M, columns_NW, grad_columns_NW, (n_M, w_M)
-        )
-        return grad_NHW
+        _, height, width = mask_logits_NHW.shape
+        # One comparison for both: nothing is above its row's or its column's maximum, so it reaches the lower one or none.
+        lower_NHW = torch.minimum(rows_NH[:, :, None], columns_NW[:, None, :])
+        places_M = (mask_logits_NHW >= lower_NHW).flatten().nonzero()[:, 0]
+        rows_M = places_M // width  # of all N * H
+        columns_M = rows_M // height * width + places_M % width  # of all N * W
+        logits_M = mask_logits_NHW.reshape(-1).index_select(0, places_M)
+        shares_M = _shares(logits_M, rows_NH, grad_rows_NH, rows_M) + _shares(logits_M, columns_NW, grad_columns_NW, columns_M)
+        return torch.zeros_like(mask_logits_NHW).reshape(-1).index_copy_(0, places_M, shares_M).view_as(mask_logits_NHW)
 
 
-def _shares(logits_M: Tensor, maxima_NL: Tensor, grad_NL: Tensor, line_M: tuple[Tensor, Tensor]) -> Tensor:
-    """What each pixel gets of the gradient of its line's maximum -> (M,)."""
-    is_maximum_M = logits_M == maxima_NL[line_M]
-    ties_NL = torch.zeros_like(grad_NL).index_put_(line_M, is_maximum_M.to(grad_NL.dtype), accumulate=True)
-    return torch.where(is_maximum_M, (grad_NL / ties_NL)[line_M], 0)
+def _shares(logits_M: Tensor, maxima_NL: Tensor, grad_NL: Tensor, line_M: Tensor) -> Tensor:
+    """What each pixel gets of the gradient of its line's maximum -> (M,). line_M: which of all N * L lines."""
+    is_maximum_M = logits_M == maxima_NL.flatten().index_select(0, line_M)
+    # Counted in float32: a sum of ones ends at 256 in bfloat16.
+    ties = torch.zeros(grad_NL.numel(), device=grad_NL.device).index_add_(0, line_M, is_maximum_M.float())
+    return torch.where(is_maximum_M, (grad_NL.flatten() / ties.to(grad_NL.dtype)).index_select(0, line_M), 0)
 
 
 def _dice_loss(probabilities_NL: Tensor, target_NL: Tensor) -> Tensor:
