@@ -21,6 +21,7 @@ from transformers import Mask2FormerImageProcessor
 from measuring import Row, compare
 from sim_hf import SIMImageProcessor
 from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset, load_coco, read_image, write_coco, write_scenes
+from sim_hf.data.collator import normalized
 
 SIZE_DIVISOR = 32
 TOLERANCE = 1e-3  # of normalised values; one step of 8 bits is 0.017
@@ -36,7 +37,7 @@ def loading_rows(
     picture_size: tuple[int, int] = (480, 640),
     longest: int = 800,
 ) -> list[Row]:
-    """One row, in seconds per image. picture_size: (height, width) of the files."""
+    """Two rows, in seconds per image. picture_size: (height, width) of the files."""
     height, width = picture_size
     with tempfile.TemporaryDirectory() as folder, one_thread():
         loading = Loading(Path(folder), data, num_images, batch_size, picture_size, longest)
@@ -50,8 +51,20 @@ def loading_rows(
             repeats=repeats,
             note=f"one thread; equal: the first batch's values to {TOLERANCE:g} (same resampling) and its pixel mask",
         )
-    row.ours_seconds, row.peer_seconds = row.ours_seconds / num_images, row.peer_seconds / num_images
-    return [row]
+        bytes_row = compare(
+            f"the same, batches of bytes as training has them ({longest} px), per image",
+            "datasets.Image + Mask2FormerImageProcessor, without boxes",
+            loading.ours_as_bytes,
+            loading.peer,
+            equal=loading.is_equal_as_bytes(),
+            goal=0.25,
+            repeats=repeats,
+            note="without the normalisation, which the device does; equal: normalised, bit for bit the batches of the row above",
+        )
+    rows = [row, bytes_row]
+    for each in rows:
+        each.ours_seconds, each.peer_seconds = each.ours_seconds / num_images, each.peer_seconds / num_images
+    return rows
 
 
 class Loading:
@@ -72,6 +85,9 @@ class Loading:
         self.batch_size = batch_size
         self.samples = SeededDataset(rows, EvalTransform(longest))
         self.collate = DetectionCollator(processor.image_mean, processor.image_std, size_divisor=SIZE_DIVISOR)
+        self.collate_bytes = DetectionCollator(
+            processor.image_mean, processor.image_std, size_divisor=SIZE_DIVISOR, as_bytes=True
+        )
         self.pictures: datasets.Dataset = rows.select_columns(["image"])
         height, width = (round(side * longest / max(picture_size)) for side in picture_size)
         # Its size_divisor would stretch the picture to a multiple of 32; padding to one is what the batch needs.
@@ -85,13 +101,17 @@ class Loading:
         for start in range(0, len(self.samples), self.batch_size):
             self.our_batch(start)
 
+    def ours_as_bytes(self) -> None:
+        for start in range(0, len(self.samples), self.batch_size):
+            self.our_batch(start, self.collate_bytes)
+
     def peer(self) -> None:
         for start in range(0, len(self.pictures), self.batch_size):
             self.peer_batch(start)
 
-    def our_batch(self, start: int) -> dict:
+    def our_batch(self, start: int, collate: DetectionCollator | None = None) -> dict:
         stop = min(start + self.batch_size, len(self.samples))
-        return self.collate([self.samples[index] for index in range(start, stop)])
+        return (collate or self.collate)([self.samples[index] for index in range(start, stop)])
 
     def peer_batch(self, start: int):
         return self.processor(self.pictures[start : start + self.batch_size]["image"], return_tensors="pt")
@@ -104,6 +124,11 @@ class Loading:
             and torch.equal(ours["pixel_mask"], theirs["pixel_mask"])
             and torch.allclose(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=TOLERANCE)
         )
+
+    def is_equal_as_bytes(self) -> bool:
+        ours = self.our_batch(0)
+        again = normalized(self.our_batch(0, self.collate_bytes), self.collate.image_mean, self.collate.image_std)
+        return self.is_equal() and all(torch.equal(ours[name], again[name]) for name in ("pixel_values", "pixel_mask"))
 
 
 def pictures(data: Path | None, count: int, size: tuple[int, int]) -> list[Image.Image]:

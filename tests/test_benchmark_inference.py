@@ -95,10 +95,11 @@ def test_a_problem_depends_on_its_seed_alone(benchmark, tmp_path):
 def test_both_ways_of_loading_give_the_same_batch(benchmark, tmp_path):
     loading = benchmark("speed_loading").Loading(tmp_path, None, 3, 2, (96, 128), 160)
     assert loading.is_equal()
+    assert loading.is_equal_as_bytes()
     assert loading.our_batch(0)["pixel_values"].shape == (2, 3, 128, 160)  # 120 rows, padded to a multiple of 32
     assert loading.our_batch(2)["pixel_values"].shape == loading.peer_batch(2)["pixel_values"].shape == (1, 3, 128, 160)
     loading.processor.image_mean = [0.5, 0.5, 0.5]
-    assert not loading.is_equal()
+    assert not loading.is_equal() and not loading.is_equal_as_bytes()
 
 
 def test_pictures_of_a_folder_are_cut_to_size_and_come_again(benchmark, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sim_hf.data.collator import DetectionCollator, denormalize, normalize
+from sim_hf.data.collator import DetectionCollator, denormalize, normalize, normalized
 from sim_hf.structures import InstanceTargets
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,3 +112,29 @@ def test_wrong_settings_and_empty_batches_are_refused():
 def test_an_image_of_one_channel_is_refused():
     with pytest.raises(ValueError, match=r"expected an image of shape \(3, 5, 4\), got \(1, 5, 4\)"):
         normalize(torch.zeros(1, 5, 4, dtype=torch.uint8), (0.5,) * 3, (0.2,) * 3, out=torch.empty(3, 5, 4))
+
+
+@pytest.mark.parametrize("pad_to", [None, (96, 128)])
+def test_a_batch_of_bytes_becomes_the_batch_bit_for_bit(pad_to):
+    samples = [_sample(40, 33), _sample(20, 64, with_masks=True), _sample(64, 64, num_objects=0), _sample(1, 1)]
+    samples[1]["image"] = samples[1]["image"].mT.contiguous().mT
+    expected = DetectionCollator(MEAN, STD, pad_to=pad_to)(samples)
+    small = DetectionCollator(MEAN, STD, pad_to=pad_to, as_bytes=True)(samples)
+    assert small["pixel_values"].dtype == torch.uint8 and small["pixel_mask"].dtype == torch.bool
+    batch = normalized(small, MEAN, STD)
+    assert batch.keys() == expected.keys()
+    for name in ("pixel_values", "pixel_mask"):
+        assert batch[name].dtype == expected[name].dtype and torch.equal(batch[name], expected[name])
+        assert batch[name].is_contiguous()
+    zeros = (batch["pixel_values"] == 0) & ~small["pixel_mask"][:, None]
+    assert not torch.signbit(batch["pixel_values"])[zeros].any()  # the padding is +0, as without bytes
+    for ours, theirs in zip(batch["labels"], expected["labels"], strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_bytes_are_made_of_bytes_only():
+    collate = DetectionCollator(MEAN, STD, as_bytes=True)
+    with pytest.raises(ValueError, match="expected a uint8 image"):
+        collate([_sample(8, 8) | {"image": torch.rand(3, 8, 8)}])
+    with pytest.raises(ValueError, match="expected a uint8 image"):
+        collate([_sample(8, 8) | {"image": torch.zeros(1, 8, 8, dtype=torch.uint8)}])

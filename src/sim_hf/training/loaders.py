@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 
 from sim_hf.data import DetectionCollator, MosaicDataset, SeededDataset, SeededIterable, StepSampler, TrainTransform
+from sim_hf.data.collator import normalized
 from sim_hf.training.arguments import DataArguments, RunArguments
 
 
@@ -36,10 +37,10 @@ class MicroBatches:
         micro_size = run.batch_size // self.num_micro
         self.streaming = data.streaming
         self.steps_done = 0
-        collate = train_collator(processor)
+        self.collate = train_collator(processor, as_bytes=True)
         common = {
             "num_workers": arguments.num_workers,
-            "collate_fn": collate,
+            "collate_fn": self.collate,
             "pin_memory": self.device.type == "cuda",
             "persistent_workers": arguments.num_workers > 0,
         }
@@ -66,9 +67,13 @@ class MicroBatches:
         for _ in range(self.steps_done * self.num_micro if self.streaming else 0):
             next(stream)  # a stream has no index: skip what the interrupted run has seen
         while True:
-            micro_batches = [_to_device(next(stream), self.device) for _ in range(self.num_micro)]
+            micro_batches = [self._on_device(next(stream)) for _ in range(self.num_micro)]
             yield micro_batches
             # The consumer comes back for the next step when this one is done.
+
+    def _on_device(self, batch: dict) -> dict:
+        """Bytes travel; they become the normalised batch there."""
+        return normalized(_to_device(batch, self.device), self.collate.image_mean, self.collate.image_std)
 
     def advance(self) -> None:
         """One optimiser step was made with what was read last."""
@@ -172,9 +177,10 @@ def train_transform(processor, arguments: DataArguments, *, with_masks: bool) ->
     )
 
 
-def train_collator(processor) -> DetectionCollator:
+def train_collator(processor, *, as_bytes: bool = False) -> DetectionCollator:
     """Batches of one fixed size, so that a sample does not depend on its neighbours."""
-    return DetectionCollator(processor.image_mean, processor.image_std, pad_to=_round_up(int(processor.size["longest_edge"]), 32))
+    size = _round_up(int(processor.size["longest_edge"]), 32)
+    return DetectionCollator(processor.image_mean, processor.image_std, pad_to=size, as_bytes=as_bytes)
 
 
 def _round_up(value: int, divisor: int) -> int:
