@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sim_hf.mask_generation import PrototypeBank
+from sim_hf.mask_generation.prototype_bank import _pixel_keys
 
 
 def clustered_pixels(num_pixels, centers_LC, noise=0.05, generator=None):
@@ -229,6 +230,13 @@ def test_split_into_micro_batches_and_their_order_change_no_bit(sizes, max_pixel
     for bank in (whole, split):
         bank.commit()
     assert_same_state(state_of(split), state_of(whole))
+
+
+def test_key_of_a_pixel_does_not_depend_on_the_part_that_it_is_made_in():
+    pixels_MC = torch.randn(2500, 3)
+    keys_M = _pixel_keys(pixels_MC)
+    one_by_one_M = torch.cat([_pixel_keys(pixel_1C) for pixel_1C in pixels_MC.split(1)])
+    assert torch.equal(keys_M, one_by_one_M)
 
 
 def test_collected_pixels_are_bounded_per_class():

@@ -29,37 +29,38 @@ def sinkhorn_assignment(
     ones are 0; a pixel with a non-finite similarity counts as invalid. No iteration at all is the softmax over prototypes.
     """
     _check_arguments(similarity_KML, valid_KM, epsilon, num_iterations, prototype_marginal_KL)
-    scores_KML = similarity_KML.float()
-    finite_KM = scores_KML.isfinite().all(-1)
-    valid_KM1 = (finite_KM if valid_KM is None else finite_KM & valid_KM)[..., None]
-    if scores_KML.numel() == 0:
-        return torch.zeros_like(scores_KML)
-    scores_KML = torch.where(valid_KM1, scores_KML, 0.0).div_(epsilon).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)
+    if similarity_KML.numel() == 0:
+        return torch.zeros_like(similarity_KML, dtype=torch.float32)
+    # Pixels side by side in memory: they are many and the prototypes few, so every sum runs along whole vectors.
+    scores_KLM = similarity_KML.float().transpose(1, 2).contiguous()
+    finite_KM = scores_KLM.isfinite().all(1)
+    valid_K1M = (finite_KM if valid_KM is None else finite_KM & valid_KM)[:, None, :]
+    scores_KLM = torch.where(valid_K1M, scores_KLM, 0.0).div_(epsilon).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)
 
     # Only sums over valid pixels may see a pixel. A finite stand-in for log 0: a class without valid pixels stays finite.
-    pixel_mask_KM1 = torch.where(valid_KM1, 0.0, _LOG_OF_NOTHING)
-    log_marginal_K1L = _log_marginal(prototype_marginal_KL, scores_KML)
-    prototype_potential_K1L = torch.zeros_like(log_marginal_K1L)
-    pixel_potential_KM1 = pixel_mask_KM1
+    pixel_mask_K1M = torch.where(valid_K1M, 0.0, _LOG_OF_NOTHING)
+    log_marginal_KL1 = _log_marginal(prototype_marginal_KL, scores_KLM)
+    prototype_potential_KL1 = torch.zeros_like(log_marginal_KL1)
+    pixel_potential_K1M = pixel_mask_K1M
     for _ in range(num_iterations):
-        received_K1L = torch.logsumexp(scores_KML + pixel_potential_KM1, dim=1, keepdim=True)
-        prototype_potential_K1L = log_marginal_K1L - received_K1L
+        received_KL1 = torch.logsumexp(scores_KLM + pixel_potential_K1M, dim=2, keepdim=True)
+        prototype_potential_KL1 = log_marginal_KL1 - received_KL1
         # The pixels' 1/N_valid is one constant for all of a class: the next line of either kind absorbs it.
-        brought_KM1 = torch.logsumexp(scores_KML + prototype_potential_K1L, dim=-1, keepdim=True)
-        pixel_potential_KM1 = pixel_mask_KM1 - brought_KM1
-    return torch.softmax(scores_KML + prototype_potential_K1L, dim=-1) * valid_KM1
+        brought_K1M = torch.logsumexp(scores_KLM + prototype_potential_KL1, dim=1, keepdim=True)
+        pixel_potential_K1M = pixel_mask_K1M - brought_K1M
+    return (torch.softmax(scores_KLM + prototype_potential_KL1, dim=1) * valid_K1M).transpose(1, 2)
 
 
-def _log_marginal(prototype_marginal_KL: Tensor | None, scores_KML: Tensor) -> Tensor:
-    """Logarithm of the prototypes' shares; uniform when not given, or where a class gives only zeros. -> (K, 1, L)"""
-    num_classes, _, num_prototypes = scores_KML.shape
-    uniform_KL = scores_KML.new_full((num_classes, num_prototypes), 1.0 / num_prototypes)
+def _log_marginal(prototype_marginal_KL: Tensor | None, scores_KLM: Tensor) -> Tensor:
+    """Logarithm of the prototypes' shares; uniform when not given, or where a class gives only zeros. -> (K, L, 1)"""
+    num_classes, num_prototypes, _ = scores_KLM.shape
+    uniform_KL = scores_KLM.new_full((num_classes, num_prototypes), 1.0 / num_prototypes)
     if prototype_marginal_KL is None:
-        return uniform_KL.log()[:, None, :]
+        return uniform_KL.log()[:, :, None]
     given_KL = prototype_marginal_KL.float()
     total_K1 = given_KL.sum(-1, keepdim=True)
     shares_KL = torch.where(total_K1 > 0, given_KL / total_K1, uniform_KL)
-    return shares_KL.log()[:, None, :]
+    return shares_KL.log()[:, :, None]
 
 
 def _check_arguments(

@@ -1,6 +1,6 @@
 """The prototypes of every class: collected from pixels, moved once per optimiser step (SIM, Sec. 3.2).
 
-Shape letters: K classes (or the classes of one step), L prototypes per class, C channels, M pixels.
+Shape letters: K classes (or the classes of one step), L prototypes per class, C channels, M pixels, X a part of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sim_hf.mask_generation.optimal_transport import sinkhorn_assignment
 
 _Observation = tuple[Tensor, Tensor, Tensor]  # pixels (M, C), class labels (M,), keys (M,)
 _SHORTEST_VECTOR = 1e-6  # the mean of opposite pixels has no direction
+_PIXELS_AT_A_TIME = 1024
 _MIX = -7046029254386353131  # 2**64 / golden ratio as int64: the multiplier of Fibonacci hashing
 
 
@@ -96,7 +97,8 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"expected {features_MC.shape[0]} class labels, got {tuple(class_labels_M.shape)}")
         device = self.prototypes_KLC.device
         pixels_MC, labels_M = features_MC.to(device, torch.float32), class_labels_M.to(device, torch.int64)
-        usable_M = pixels_MC.isfinite().all(-1) & (pixels_MC != 0).any(-1)
+        largest_M = pixels_MC.abs().amax(-1)  # a NaN wins every comparison
+        usable_M = largest_M.isfinite() & (largest_M > 0)
         pixels_MC, labels_M = pixels_MC[usable_M], labels_M[usable_M]
         if len(labels_M) == 0:
             return
@@ -213,10 +215,11 @@ def _pixel_keys(pixels_MC: Tensor) -> Tensor:
     Sorting by it gives the joint pixels one order; keeping the smallest draws a sample. Both are the same for every split of
     the pixels. Made from the upper 16 bits of each value: rounding noise between batch sizes rarely reaches them.
     """
-    upper_bits_MC = pixels_MC.contiguous().view(torch.int32) >> 16
     factors_C = torch.arange(1, 2 * pixels_MC.shape[1], 2, device=pixels_MC.device) * _MIX
     factors_C = (factors_C ^ (factors_C >> 29)) * _MIX
-    keys_M = (upper_bits_MC * factors_C).sum(-1)  # integers: exact in any order
+    bits_MC = pixels_MC.contiguous().view(torch.int32)
+    # Integers: exact in any order. A part at a time: the products take twice the memory of the pixels.
+    keys_M = torch.cat([((bits_XC >> 16) * factors_C).sum(-1) for bits_XC in bits_MC.split(_PIXELS_AT_A_TIME)])
     keys_M = (keys_M ^ (keys_M >> 32)) * _MIX
     return keys_M ^ (keys_M >> 29)
 
