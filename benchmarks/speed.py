@@ -5,22 +5,25 @@
     python benchmarks/speed.py --rows all --data FOLDER    # everything, on the photographs of a COCO folder
 
 Both sides run in this process, in turns. Times are medians; memory is the peak above what was there; ratios are ours / peer.
-Written to runs/bench/speed.json.
+Written to runs/bench/speed.json, with the machine, the versions and the commit. The note of a row whose goal is not reached
+says where the time goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from measuring import Row
 from sim_hf.evaluation import write_results
+from sim_hf.evaluation.results import git_state, machine, package_versions
 from speed_evaluation import evaluation_rows
 from speed_inference import inference_rows
 from speed_loading import loading_rows
-from speed_step import step_row
+from speed_step import growth_row, model_row, step_row
 from speed_supervision import supervision_rows
 
 
@@ -37,6 +40,10 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "step-tiny": lambda settings: [step_row("tiny", settings.repeats)],
     "step-r50-fp32": lambda settings: [step_row("r50-fp32", settings.repeats)],
     "step-r50-bf16": lambda settings: [step_row("r50-bf16", settings.repeats)],
+    "model-tiny": lambda settings: [model_row("tiny", settings.repeats)],
+    "model-r50-fp32": lambda settings: [model_row("r50-fp32", settings.repeats)],
+    "model-r50-bf16": lambda settings: [model_row("r50-bf16", settings.repeats)],
+    "growth": lambda settings: [growth_row(settings.repeats)],
     "supervision": lambda settings: supervision_rows(settings.repeats, settings.data),
     "inference": lambda settings: inference_rows(settings.repeats, settings.data),
     "loading": lambda settings: loading_rows(settings.repeats, settings.data),
@@ -57,6 +64,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def circumstances() -> str:
+    """Machine, versions and commit in two lines."""
+    hardware, git, versions = machine(), git_state(), package_versions()
+    changed = " and uncommitted changes" if git["dirty"] else ""
+    names = ("python", "torch", "transformers", "pycocotools", "faster_coco_eval")
+    return (
+        f"{hardware['cpu']}, {hardware['cpu_count']} cores, {hardware['threads']} threads; commit {git['commit'][:12]}{changed}\n"
+        + ", ".join(f"{name} {versions[name]}" for name in names)
+    )
+
+
 def _number(value: float | None) -> str:
     return f"{'-' if value is None else format(value, '.2f'):>5}"
 
@@ -64,16 +82,18 @@ def _number(value: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "all"], default=list(SHORT))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side; the table has their medians")
     parser.add_argument("--data", type=Path, help="a COCO folder with photographs (default: generated scenes)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/speed.json"))
     arguments = parser.parse_args()
     settings = Settings(arguments.repeats, arguments.data)
     rows: list[Row] = []
+    start = time.perf_counter()
     for name in ROWS if "all" in arguments.rows else arguments.rows:
-        print(f"measuring {name} ...", flush=True)
+        print(f"measuring {name} ({time.perf_counter() - start:.0f} s) ...", flush=True)
         rows += ROWS[name](settings)
     print(table(rows))
+    print(circumstances())
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_results(arguments.output, {}, extra={"rows": [asdict(row) for row in rows]})
     print(f"written: {arguments.output}")

@@ -2,7 +2,8 @@
 
 Ours: student, teacher, optimal transport, pseudo masks, copy-paste, forward and backward. The peer:
 `Mask2FormerForUniversalSegmentation` with real masks, forward and backward. Both start from the same weights, and the row is
-equal when the two networks give the same logits for the same pictures.
+equal when the two networks give the same logits for the same pictures. Two more rows: the networks alone, in inference, and
+how our step grows with the number of instances.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,15 +49,9 @@ CASES = {
 def step_row(name: str, repeats: int) -> Row:
     """One row of the table: `name` is a key of `CASES`."""
     case = CASES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        write_scenes(Path(folder), num_train=16, num_val=2, progress=False)
-        rows = load_coco(Path(folder) / "images", Path(folder) / "instances_train.json", with_masks=True)
-        names = rows.features["objects"]["category"].feature.names
-        batch = a_batch(rows, case)
-    torch.manual_seed(0)
-    model = SIMForInstanceSegmentation(SIMConfig.from_preset(case.preset, id2label=dict(enumerate(names)))).train()
+    model, batch = a_model_and_its_batch(case)
     stock = stock_network(model)
-    precision = torch.autocast("cpu", torch.bfloat16) if case.bf16 else nullcontext()
+    precision = precision_context(case)
     ours = SimStep(model, case, batch, precision)
     row = compare(
         f"training step, {name}: {case.size} px, batch {case.batch_size}, {'bf16' if case.bf16 else 'fp32'}",
@@ -71,6 +66,50 @@ def step_row(name: str, repeats: int) -> Row:
     row.equal = same_logits(model, stock, batch)  # last: it leaves both in evaluation mode
     row.note = f"SIM adds {100 * statistics.median(ours.added[-repeats:]):.1f} % of the step (goal 8 %)"
     return row
+
+
+def model_row(name: str, repeats: int) -> Row:
+    """The two networks in inference on the pictures of `CASES[name]`, without what comes after them."""
+    case = CASES[name]
+    model, batch = a_model_and_its_batch(case)
+    stock = stock_network(model)
+    equal = same_logits(model, stock, batch)  # leaves both in evaluation mode
+
+    @torch.inference_mode()
+    def infer(network: torch.nn.Module) -> None:
+        with precision_context(case):
+            network(pixel_values=batch["pixel_values"])
+
+    return compare(
+        f"inference, network alone, {name}: {case.size} px, batch {case.batch_size}, {'bf16' if case.bf16 else 'fp32'}",
+        "transformers' Mask2Former",
+        lambda: infer(model),
+        lambda: infer(stock),
+        equal=equal,
+        goal=None,
+        repeats=repeats,
+    )
+
+
+def growth_row(repeats: int, num_instances: int = 300) -> Row:
+    """Our step with twice the instances in an image: a ratio of 2 is growth in a line. The network's part does not grow."""
+    case = replace(CASES["tiny"], batch_size=1)
+    model, batch = a_model_and_its_batch(case, num_queries=num_instances)
+
+    def crowded(count: int) -> Callable[[], None]:
+        labels = [{**label, **random_objects(count, case.size)} for label in batch["labels"]]
+        return SimStep(model, case, {**batch, "labels": labels}, precision_context(case)).run
+
+    return compare(
+        f"our training step, {num_instances} instances in an image, tiny: {case.size} px, batch 1",
+        f"the same with {num_instances // 2}",
+        crowded(num_instances),
+        crowded(num_instances // 2),
+        equal=True,
+        goal=2.0,
+        repeats=repeats,
+        note="one thing at two sizes: nothing to be equal",
+    )
 
 
 class SimStep:
@@ -120,6 +159,33 @@ def stock_network(model: SIMForInstanceSegmentation) -> Mask2FormerForUniversalS
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     return stock
+
+
+def a_model_and_its_batch(case: Case, **overrides: int) -> tuple[SIMForInstanceSegmentation, dict]:
+    """The preset with random weights, in training mode, and generated scenes for it. overrides: fields of its configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_scenes(Path(folder), num_train=16, num_val=2, progress=False)
+        rows = load_coco(Path(folder) / "images", Path(folder) / "instances_train.json", with_masks=True)
+        names = rows.features["objects"]["category"].feature.names
+        batch = a_batch(rows, case)
+    torch.manual_seed(0)
+    config = SIMConfig.from_preset(case.preset, id2label=dict(enumerate(names)), **overrides)
+    return SIMForInstanceSegmentation(config).train(), batch
+
+
+def precision_context(case: Case):
+    return torch.autocast("cpu", torch.bfloat16) if case.bf16 else nullcontext()
+
+
+def random_objects(count: int, size: int) -> dict[str, torch.Tensor]:
+    """Boxes of 16 to 48 px, wherever they fall; all of the first class."""
+    random = torch.Generator().manual_seed(0)
+    sizes_N2 = 16 + 32 * torch.rand(count, 2, generator=random)
+    corners_N2 = torch.rand(count, 2, generator=random) * (size - sizes_N2)
+    return {
+        "boxes": torch.cat((corners_N2, corners_N2 + sizes_N2), 1),
+        "class_labels": torch.zeros(count, dtype=torch.int64),
+    }
 
 
 def a_batch(rows, case: Case) -> dict:
