@@ -46,6 +46,7 @@ def tiny_config(backbone: str = "resnet", **overrides) -> SIMConfig:
         "id2label": dict(enumerate(NAMES)),
         "label2id": {name: label for label, name in enumerate(NAMES)},
         "freeze_batch_norm": True,
+        "box_prompts": True,
         **overrides,
     }
     return SIMConfig(backbone_config=backbones[backbone](), **fields)

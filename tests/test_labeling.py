@@ -17,6 +17,7 @@ class DarkPixels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(box_prompts=False)
         self.anchor = nn.Parameter(torch.zeros(1))
 
     def forward(self, pixel_values, pixel_mask):

@@ -2,8 +2,9 @@
 
 The network sees the whole picture and, on request, an enlarged crop around each small box, where even a small object is many
 cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive
-mask weighting (SIM, Eq. 6) at inference. The weighted map is thresholded where its extent agrees best with the box. The less
-the queries agree with the box, the more a rounded blob inside it takes their place.
+mask weighting (SIM, Eq. 6) at inference. A network that takes box prompts is also asked for the box itself, and its answer is
+one more query, which counts `prompt_weight` times. The weighted map is thresholded where its extent agrees best with the box.
+The less the queries agree with the box, the more a rounded blob inside it takes their place.
 
 Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or box region, H W pixels of the picture.
 """
@@ -27,7 +28,8 @@ _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2)  # the first wins ties
 @dataclass
 class LabelOptions:
     """crop_below: boxes whose longer side is below this share of the picture's get an enlarged view as well (0: never, 1:
-    always). crop_margin: what such a view adds around the box, as a share of its longer side. mu: sharpness of the weighting.
+    always). crop_margin: what such a view adds around the box, as a share of its longer side. flip: every view is also looked at
+    mirrored. prompt_weight: how many queries the answer to a box prompt counts for. mu: sharpness of the weighting.
     class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
     trust_power: the queries' part against the blob's is agreement^trust_power. blob_radius: where the blob has faded to 0, in
     half sides of the box.
@@ -35,6 +37,8 @@ class LabelOptions:
 
     crop_below: float = 0.5
     crop_margin: float = 0.35
+    flip: bool = False
+    prompt_weight: float = 10.0
     mu: float = 5.0
     class_weight: float = 1.0
     fit_threshold: bool = True
@@ -103,12 +107,20 @@ def masks_for_boxes(
 
 @dataclass
 class _View:
-    """A picture or a crop of it, the boxes that it is for, and where it lies in the picture."""
+    """A picture or a crop of it, the boxes that it is for, where it lies in the picture, and whether it is mirrored."""
 
     picture: Image.Image
     owners: list[int]
     left: int = 0
     top: int = 0
+    mirrored: bool = False
+
+    def boxes(self, boxes_n4: Tensor) -> Tensor:
+        """The boxes of its owners in its own pixels -> (owners, 4)."""
+        x1, y1, x2, y2 = (boxes_n4[self.owners] - torch.tensor([self.left, self.top] * 2)).unbind(-1)
+        if self.mirrored:
+            x1, x2 = self.picture.width - x2, self.picture.width - x1
+        return torch.stack([x1, y1, x2, y2], dim=-1)
 
 
 @dataclass
@@ -142,6 +154,9 @@ def _views(picture: Image.Image, boxes_n4: Tensor, options: LabelOptions) -> lis
         right, bottom = min(width, int((x1 + x2 + side) / 2) + 1), min(height, int((y1 + y2 + side) / 2) + 1)
         region = (left, top, max(right, left + 1), max(bottom, top + 1))
         views.append(_View(picture.crop(region), [i], left, top))
+    if options.flip:
+        flipped = Image.Transpose.FLIP_LEFT_RIGHT
+        views += [_View(v.picture.transpose(flipped), v.owners, v.left, v.top, mirrored=True) for v in views]
     return views
 
 
@@ -157,20 +172,37 @@ def _add_views(model, processor, views: list[_View], boxes_n4: Tensor, labels, o
     """Run a batch of views and add what they say about each of their boxes to `sums`, in place."""
     device = next(model.parameters()).device
     inputs = processor([view.picture for view in views], return_tensors="pt")
-    outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))
+    sizes_B2 = torch.tensor([[int(side) for side in size] for size in inputs["input_sizes"]])
+    boxes = [
+        view.boxes(boxes_n4) * torch.tensor([width / view.picture.width, height / view.picture.height] * 2)
+        for view, (height, width) in zip(views, sizes_B2.tolist(), strict=True)
+    ]
+    asked = {}
+    if getattr(model.config, "box_prompts", False):
+        asked = {"prompt_boxes": nn.utils.rnn.pad_sequence(boxes, batch_first=True).to(device)}
+    outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device), **asked)
     probability_BQK = outputs.class_queries_logits.float().softmax(-1).cpu()
     mask_BQhw = outputs.masks_queries_logits.float().sigmoid().cpu()
+    if asked:
+        answer_BPK = outputs.class_prompts_logits.float().softmax(-1).cpu()
+        answer_BPhw = outputs.masks_prompts_logits.float().sigmoid().cpu()
     padded = tuple(inputs["pixel_values"].shape[-2:])
     stride = padded[0] / mask_BQhw.shape[-2]
     for row, view in enumerate(views):
-        input_size = tuple(int(side) for side in inputs["input_sizes"][row])
-        scale_4 = torch.tensor([input_size[1] / view.picture.width, input_size[0] / view.picture.height] * 2)
-        for owner in view.owners:
-            box_4 = (boxes_n4[owner] - torch.tensor([view.left, view.top] * 2)) * scale_4
-            weight_Q, agreement_Q = _weigh_queries(probability_BQK[row], mask_BQhw[row], box_4, labels[owner], stride, options)
-            map_hw = torch.einsum("q,qhw->hw", weight_Q, mask_BQhw[row])[None, None]
-            map_hw = functional.interpolate(map_hw, padded, mode="bilinear")[:, :, : input_size[0], : input_size[1]]
+        height, width = sizes_B2[row].tolist()
+        for place, owner in enumerate(view.owners):
+            probability_QK, mask_Qhw, counts_Q = probability_BQK[row], mask_BQhw[row], torch.ones(mask_BQhw.shape[1])
+            if asked:
+                probability_QK = torch.cat([probability_QK, answer_BPK[row, place, None]])
+                mask_Qhw = torch.cat([mask_Qhw, answer_BPhw[row, place, None]])
+                counts_Q = torch.cat([counts_Q, torch.tensor([options.prompt_weight])])
+            weight_Q, agreement_Q = _weigh_queries(probability_QK, mask_Qhw, boxes[row][place], labels[owner], stride, options)
+            weight_Q = weight_Q * counts_Q
+            map_hw = torch.einsum("q,qhw->hw", weight_Q, mask_Qhw)[None, None]
+            map_hw = functional.interpolate(map_hw, padded, mode="bilinear")[:, :, :height, :width]
             map_hw = functional.interpolate(map_hw, (view.picture.height, view.picture.width), mode="bilinear")[0, 0]
+            if view.mirrored:
+                map_hw = map_hw.flip(-1)
             total = sums[owner]
             left, top, right, bottom = total.region
             total.map_hw += map_hw[top - view.top : bottom - view.top, left - view.left : right - view.left]

@@ -63,6 +63,11 @@ class InstanceTargets:
             is_pasted_G=self.is_pasted_G[index],
         )
 
+    def rank_in_image(self) -> Tensor:
+        """0 for the first instance of an image, 1 for its second, ... (int64), in the order in which they are listed."""
+        same_image_GG = self.image_ids_G[:, None] == self.image_ids_G
+        return same_image_GG.tril(-1).sum(1)
+
     @classmethod
     def from_labels(cls, labels: Sequence[Mapping[str, Tensor]], input_size: tuple[int, int]) -> InstanceTargets:
         """Flatten the collator's `labels`: per image `boxes` (n, 4) xyxy pixels, `class_labels` (n,), and optionally

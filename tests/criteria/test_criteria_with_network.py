@@ -9,6 +9,7 @@ from sim_hf.criteria.build import MASK_CRITERIA, build_criterion
 from sim_hf.criteria.set_criterion import StepNormalizers
 from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.training.arguments import SupervisionArguments
+from sim_hf.training.box_prompts import prompt_boxes
 
 INPUT = (32, 64)
 
@@ -28,9 +29,10 @@ def test_one_step_gives_finite_losses_and_a_gradient_for_every_weight(supervisio
         targets.has_mask_G = torch.ones(num_instances, dtype=torch.bool)
     arguments = SupervisionArguments(supervision=supervision, pseudo_start=0)
     criterion = build_criterion(arguments, network.config, steps=lambda length: round(100 * length))
-    output = network(pixel_values=images - 0.5, pixel_mask=pixel_mask, output_auxiliary_logits=True)
+    asked = {"prompt_boxes": prompt_boxes(targets.boxes_G4, targets), "output_auxiliary_logits": True}
+    output = network(pixel_values=images - 0.5, pixel_mask=pixel_mask, **asked)
     with torch.no_grad():
-        teacher = network(pixel_values=images - 0.5, pixel_mask=pixel_mask, output_auxiliary_logits=True)
+        teacher = network(pixel_values=images - 0.5, pixel_mask=pixel_mask, **asked)
     normalizers = StepNormalizers.from_counts(*criterion.counts(targets))
     result = criterion(output, teacher, targets, images, pixel_mask, normalizers=normalizers, global_step=500)
     assert all(loss.isfinite() for loss in result.losses.values())

@@ -201,3 +201,66 @@ def test_half_precision_outputs_are_priced_in_float32(dtype):
     assert result.positives.mask_logits_NHW.dtype == torch.float32
     for leaf, gradient in zip(leaves_of(output), gradients(output, result.total), strict=True):
         assert gradient.dtype == leaf.dtype and gradient.isfinite().all()
+
+
+def prompted(output, targets, *, num_prompts=2, seed=9):
+    """The same output with predictions for prompts in every layer."""
+    asked = make_output(targets.num_images, num_layers=len(layers_of(output)), seed=seed)
+    for layer, answer in zip(layers_of(output), layers_of(asked), strict=True):
+        layer |= {
+            "class_prompts_logits": answer["class_queries_logits"][:, :num_prompts],
+            "masks_prompts_logits": answer["masks_queries_logits"][:, :num_prompts],
+        }
+        if layer["class_queries_logits"] is output.class_queries_logits:
+            output.class_prompts_logits = layer["class_prompts_logits"]
+            output.masks_prompts_logits = layer["masks_prompts_logits"]
+    return output
+
+
+def test_a_prompt_is_one_more_positive_of_its_instance_for_student_and_teacher():
+    mask_criterion = MaskCriterionThatRemembers()
+    criterion, targets = make_set_criterion(mask_criterion), make_targets()
+    price(criterion, make_output(), targets, teacher=make_output(seed=1))
+    students, teacher = mask_criterion.students, mask_criterion.teacher
+    output, teacher_output = prompted(make_output(), targets), prompted(make_output(seed=1), targets)
+    result = price(criterion, output, targets, teacher=teacher_output)
+    for layer, before, now in zip(layers_of(output), students, mask_criterion.students, strict=True):
+        assert torch.equal(now.mask_logits_NHW[:3], before.mask_logits_NHW)
+        answers = layer.get("masks_prompts_logits", output.masks_prompts_logits)
+        assert torch.equal(now.mask_logits_NHW[3:], answers[[0, 0, 1], [0, 1, 0]])
+        assert now.instance_ids_N[3:].tolist() == [0, 1, 2]
+        classes = layer.get("class_prompts_logits", output.class_prompts_logits)[[0, 0, 1], [0, 1, 0]]
+        expected = classes.softmax(-1)[[0, 1, 2], targets.class_labels_G]
+        assert torch.equal(now.scores_N[3:], expected)
+    assert len(mask_criterion.teacher.instance_ids_N) == len(teacher.instance_ids_N) + 3 * 3
+    assert torch.equal(mask_criterion.teacher.mask_logits_NHW[:9], teacher.mask_logits_NHW)
+    assert torch.equal(result.positives.mask_logits_NHW, students[-1].mask_logits_NHW)  # to look at: what was found by itself
+
+
+def test_class_loss_of_prompts_equals_a_slow_loop():
+    criterion, targets = make_set_criterion(MaskCriterionThatRemembers()), make_targets()
+    output = prompted(make_output(), targets)
+    total = 0.0
+    for layer in [*output.auxiliary_logits, vars(output)]:
+        for image, prompt, label in ((0, 0, 0), (0, 1, 2), (1, 0, 1)):
+            logits = layer["class_prompts_logits"][image, prompt].tolist()
+            total += math.log(sum(math.exp(x) for x in logits)) - logits[label]
+    result = price(criterion, output, targets)
+    assert float(result.losses["loss_prompt_class"]) == pytest.approx(2.0 * total / 3, rel=1e-5)
+    assert "loss_prompt_class" not in price(criterion, make_output(), targets).losses
+
+
+def test_instances_beyond_the_prompts_have_none():
+    mask_criterion = MaskCriterionThatRemembers()
+    criterion, targets = make_set_criterion(mask_criterion), make_targets()
+    price(criterion, prompted(make_output(), targets, num_prompts=1), targets)
+    assert mask_criterion.students[-1].instance_ids_N[3:].tolist() == [0, 2]
+
+
+def test_prompts_without_an_instance_in_the_batch_cost_nothing_and_have_a_gradient():
+    criterion, targets = make_set_criterion(BoxInstCriterion()), make_targets([])
+    output = prompted(make_output(), targets, num_prompts=1)
+    result = price(criterion, output, targets)
+    assert float(result.losses["loss_prompt_class"].detach()) == 0
+    found = torch.autograd.grad(result.total, [output.masks_prompts_logits, output.class_prompts_logits], allow_unused=True)
+    assert all(gradient is not None and not gradient.any() for gradient in found)

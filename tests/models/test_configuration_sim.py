@@ -14,7 +14,7 @@ from sim_hf.models.sim import PRESETS, SIMConfig, SIMForInstanceSegmentation
 @pytest.mark.parametrize(
     ("preset", "channels", "millions"),
     [
-        ("tiny", [24, 32, 96, 320], 3.5),
+        ("tiny", [24, 32, 96, 320], 3.6),
         ("r50", [256, 512, 1024, 2048], 44.0),
         ("r101", [256, 512, 1024, 2048], 63.0),
         ("swin-t", [96, 192, 384, 768], 47.4),
@@ -116,7 +116,7 @@ def test_plain_vision_transformer_gives_maps_at_strides_4_to_32():
         "image_size": 56,
         "out_indices": [1, 2, 3, 4],
     }
-    model = SIMForInstanceSegmentation(SIMConfig.from_preset("tiny", num_labels=2, backbone=backbone)).train()
+    model = SIMForInstanceSegmentation(SIMConfig.from_preset("tiny", num_labels=2, backbone=backbone, box_prompts=False)).train()
     outputs = model(torch.randn(1, 3, 64, 96), output_hidden_states=True)
     assert [tuple(x.shape[-2:]) for x in outputs.encoder_hidden_states] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     (outputs.masks_queries_logits.mean() + outputs.class_queries_logits.mean()).backward()

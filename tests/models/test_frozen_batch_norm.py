@@ -62,7 +62,7 @@ def test_in_training_mode_the_norm_normalises_and_learns_its_statistics():
 def test_a_copy_folds_with_its_own_norms():
     original = backbone_with_statistics("timm:resnet18")
     fold_batch_norms(original)
-    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):  # noqa: S301  # made on this line
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):  # made on this line
         norms = set(copied.modules())
         convolutions = [module for module in copied.modules() if isinstance(module, FoldingConv2d)]
         assert len(convolutions) == 20 and all(module.following_norm in norms for module in convolutions)

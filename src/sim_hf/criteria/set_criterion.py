@@ -1,10 +1,11 @@
 """The detection side of a query model: match, price the classes, and hand the positives to the mask criterion.
 
-Shape letters: B images, Q queries, K classes (the last logit is no-object), G instances, N positives.
+Shape letters: B images, Q queries (or prompts), K classes (the last logit is no-object), G instances, N positives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,10 @@ class SetCriterion(nn.Module):
 
     The teacher's positives (SIM on a query model) are its matched queries of every decoder layer: several predictions for an
     instance for free, which is what positive mask weighting needs.
+
+    Where the network was prompted with the boxes of the instances (`masks_prompts_logits`; prompt p of an image is its p-th
+    instance), a prompt is one more positive of its instance, without matching: for the teacher, which then has positives that
+    cannot belong to a neighbour, and for the student, whose prompts take the same losses and one for their class.
     """
 
     def __init__(
@@ -81,12 +86,15 @@ class SetCriterion(nn.Module):
     ) -> CriterionOutput:
         """Price the student's output; `teacher_output` is None when the step does not need it."""
         with torch.autocast(images_BCHW.device.type, enabled=False):  # sums and exponentials stay float32
-            layers = _layers(student_output)
+            layers, prompts = _layers(student_output, "queries"), _layers(student_output, "prompts")
             matched = self.matcher(layers, targets, global_step=global_step)
-            students = [
-                _positives(layer, matches, targets, student_output.mask_features)
-                for layer, matches in zip(layers, matched, strict=True)
-            ]
+            asked = [_asked(layer, targets) for layer in prompts]
+            features = student_output.mask_features
+            students = [_positives(layer, matches, targets, features) for layer, matches in zip(layers, matched, strict=True)]
+            found = students[-1]
+            if prompts:
+                prompted = [_positives(layer, rows, targets, features) for layer, rows in zip(prompts, asked, strict=True)]
+                students = [_joined(pair) for pair in zip(students, prompted, strict=True)]
             teacher = None if teacher_output is None else self._teacher_positives(teacher_output, targets, global_step)
             output = self.mask_criterion(
                 students,
@@ -105,7 +113,9 @@ class SetCriterion(nn.Module):
             # Whatever the mask criterion reads: every output has a gradient on every rank and batch, also without instances.
             loss_class = loss_class + zero_with_gradient(students)
             output.losses = {"loss_cross_entropy": loss_class, **output.losses}
-            output.positives = students[-1]
+            if prompts:
+                output.losses["loss_prompt_class"] = self._prompt_class_loss(prompts, asked, targets) / normalizers.num_instances
+            output.positives = found
         return output
 
     def _class_loss(self, class_logits_BQK: Tensor, matches: Matches, targets: InstanceTargets) -> Tensor:
@@ -118,25 +128,54 @@ class SetCriterion(nn.Module):
         logits_MK = class_logits_BQK.float().flatten(0, 1)
         return nn.functional.cross_entropy(logits_MK, classes_BQ.flatten(), weight_K, reduction="sum")
 
+    def _prompt_class_loss(
+        self, prompts: Sequence[tuple[Tensor, Tensor]], asked: Sequence[Matches], targets: InstanceTargets
+    ) -> Tensor:
+        """Cross-entropy summed over the prompts and layers: a prompt answers with the class of its instance."""
+        losses = [
+            nn.functional.cross_entropy(
+                class_logits_BQK[rows.images_N, rows.queries_N].float(),
+                targets.class_labels_G[rows.instance_ids_N],
+                reduction="sum",
+            )
+            for (class_logits_BQK, _), rows in zip(prompts, asked, strict=True)
+        ]
+        return self.class_weight * torch.stack(losses).sum()
+
     @torch.no_grad()
     def _teacher_positives(self, output, targets: InstanceTargets, global_step: int) -> MaskPredictions:
-        layers = _layers(output)
-        matched = self.matcher(layers, targets, global_step=global_step)
-        positives = [
-            _positives(layer, matches, targets, output.mask_features) for layer, matches in zip(layers, matched, strict=True)
-        ]
-        return MaskPredictions(
-            mask_logits_NHW=torch.cat([p.mask_logits_NHW for p in positives]),
-            instance_ids_N=torch.cat([p.instance_ids_N for p in positives]),
-            scores_N=torch.cat([p.scores_N for p in positives]),
-            mask_features_BCHW=output.mask_features.float(),
+        layers, prompts = _layers(output, "queries"), _layers(output, "prompts")
+        chosen = [*self.matcher(layers, targets, global_step=global_step), *(_asked(layer, targets) for layer in prompts)]
+        return _joined(
+            [
+                _positives(layer, rows, targets, output.mask_features.float())
+                for layer, rows in zip([*layers, *prompts], chosen, strict=True)
+            ]
         )
 
 
-def _layers(output) -> list[tuple[Tensor, Tensor]]:
-    """(class logits, mask logits) of every decoder prediction, the final one last."""
-    pairs = [(a["class_queries_logits"], a["masks_queries_logits"]) for a in output.auxiliary_logits or ()]
-    return [*pairs, (output.class_queries_logits, output.masks_queries_logits)]
+def _layers(output, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """(class logits, mask logits) of every decoder prediction, the final one last; kind: queries, or prompts (if any)."""
+    names = (f"class_{kind}_logits", f"masks_{kind}_logits")
+    layers = [*(output.auxiliary_logits or ()), {name: getattr(output, name, None) for name in names}]
+    return [(layer[names[0]], layer[names[1]]) for layer in layers if layer.get(names[0]) is not None]
+
+
+def _asked(layer: tuple[Tensor, Tensor], targets: InstanceTargets) -> Matches:
+    """Prompts and their instances: prompt p of an image is its p-th instance; further instances have no prompt."""
+    rank_G = targets.rank_in_image()
+    ids_N = (rank_G < layer[0].shape[1]).nonzero()[:, 0]
+    return Matches(targets.image_ids_G[ids_N], rank_G[ids_N], ids_N)
+
+
+def _joined(parts: Sequence[MaskPredictions]) -> MaskPredictions:
+    """The positives of several predictions of the same network, one after the other."""
+    return MaskPredictions(
+        mask_logits_NHW=torch.cat([part.mask_logits_NHW for part in parts]),
+        instance_ids_N=torch.cat([part.instance_ids_N for part in parts]),
+        scores_N=torch.cat([part.scores_N for part in parts]),
+        mask_features_BCHW=parts[0].mask_features_BCHW,
+    )
 
 
 def _positives(

@@ -70,7 +70,7 @@ def copy_paste(
         raise ValueError(f"images must be float in 0..1, got {images_BCHW.dtype}")
     if len(bank) == 0:
         return images_BCHW, targets
-    generators = [_generator(seed, step, key) for key in image_keys]
+    generators = [step_generator(seed, step, key) for key in image_keys]
     chosen = [i for i, generator in enumerate(generators) if _uniform(generator) < probability]
     if not chosen:
         return images_BCHW, targets
@@ -86,9 +86,9 @@ def copy_paste(
     return _paint(images_BCHW, pastes), _update_targets(targets, pastes, min_visible)
 
 
-def _generator(seed: int, step: int, image_key: int) -> torch.Generator:
-    """The random numbers of one image in one step; hashed, because neighbouring seeds give related numbers."""
-    digest = hashlib.blake2b(f"{int(seed)}/{int(step)}/{int(image_key)}".encode(), digest_size=8).digest()
+def step_generator(seed: int, step: int, image_key: int, *, purpose: str = "") -> torch.Generator:
+    """The random numbers of one image in one step, for one purpose; hashed, because neighbouring seeds give related numbers."""
+    digest = hashlib.blake2b(f"{int(seed)}/{int(step)}/{int(image_key)}{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -38,6 +38,12 @@ class ModelArguments:
     freeze_batch_norm: bool | None = field(
         default=None, metadata={"help": "Freeze the backbone's BatchNorm statistics (default: when weights were loaded)."}
     )
+    box_prompts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The network can be asked for the mask in a given box (default: a preset can, --model stays as it is)."
+        },
+    )
 
 
 @dataclass

@@ -101,11 +101,13 @@ def build_model(
     id2label: Mapping[int, str] = dict(enumerate(names))
     report: list[str] = []
     if model.model:
-        network, transfer = load_pretrained_for_classes(model.model, id2label=id2label)
+        chosen = {} if model.box_prompts is None else {"box_prompts": model.box_prompts}
+        network, transfer = load_pretrained_for_classes(model.model, id2label=id2label, **chosen)
         processor = SIMImageProcessor.from_pretrained(model.model)
         report.append(str(transfer))
     else:
-        overrides = {} if model.backbone is None else {"backbone": model.backbone}
+        chosen = {"backbone": model.backbone, "box_prompts": model.box_prompts}
+        overrides = {name: value for name, value in chosen.items() if value is not None}
         config = SIMConfig.from_preset(model.preset, id2label=id2label, **overrides)
         config.freeze_batch_norm = bool(model.backbone_weights)
         network = SIMForInstanceSegmentation(config)
@@ -146,5 +148,6 @@ def build_step(
         memory_bank=MemoryBank(capacity=supervision.bank_capacity) if pastes else None,
         paste_probability=supervision.paste_probability,
         paste_start_step=steps(supervision.pseudo_start),
+        box_prompts=network.config.box_prompts,
         seed=run.seed,
     )

@@ -32,8 +32,7 @@ def pseudo_mask_quality(step: TrainingStep, rows, processor, *, limit: int = 64,
         real_GHW, has_mask_G = targets.masks_GHW, targets.has_mask_G
         # The supervision must take them for box-only: the masks are for the comparison.
         targets.masks_GHW, targets.has_mask_G = None, torch.zeros_like(has_mask_G)
-        outputs = teacher(pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True)
-        pseudo = step.loss(outputs, inputs, step.normalizers([inputs])).pseudo_masks
+        pseudo = step(teacher, inputs, step.normalizers([inputs])).pseudo_masks
         if pseudo is None or real_GHW is None:
             continue
         height, width = pseudo.target_GHW.shape[-2:]

@@ -2,19 +2,19 @@
 
 Every driver (the Accelerate loop, `SIMTrainer`, a stock `transformers.Trainer`) calls this object, so the method exists once:
 
-    prepare        copy-paste from the memory bank; colours and targets of the batch               (Eq. 9)
+    prepare        copy-paste from the memory bank; colours, targets and box prompts of the batch   (Eq. 9)
     forward        student; teacher when the criterion needs it this step                          (Sec. 3.1)
     loss           match, class loss, projection + pairwise, pseudo masks, pasted masks            (Eq. 1-9)
     after_update   teacher EMA, prototype commit, memory bank commit, step + 1 - once an optimiser step
 
-Shape letters: B images, C channels, G instances, H W input rows and columns.
+Shape letters: B images, C channels, G instances, P box prompts an image, H W input rows and columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,32 @@ from sim_hf.mask_generation.copy_paste import copy_paste
 from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.structures import CriterionOutput, InstanceTargets
+from sim_hf.training.box_prompts import jittered_boxes, prompt_boxes
 from sim_hf.training.teacher import EMATeacher
+
+PROMPT_JITTER = 0.1  # of the box's extent, at each side
 
 
 @dataclass
 class StepInputs:
-    """A prepared batch. images_BCHW: RGB in 0..1; image_keys: the data set's image ids, for messages and seeds."""
+    """A prepared batch. images_BCHW: RGB in 0..1; image_keys: the data set's image ids, for messages and seeds.
+    student_prompts_BP4: the jittered boxes that the student is prompted with, None for a network without prompts."""
 
     pixel_values_BCHW: Tensor
     pixel_mask_BHW: Tensor
     images_BCHW: Tensor
     targets: InstanceTargets
     image_keys: list[int]
+    student_prompts_BP4: Tensor | None = None
+
+    def network_inputs(self, prompts_BP4: Tensor | None) -> dict[str, Any]:
+        """What a network is called with, all its predictions wanted."""
+        return {
+            "pixel_values": self.pixel_values_BCHW,
+            "pixel_mask": self.pixel_mask_BHW,
+            "output_auxiliary_logits": True,
+            **({} if prompts_BP4 is None else {"prompt_boxes": prompts_BP4}),
+        }
 
 
 class TrainingStep(nn.Module):
@@ -44,7 +58,8 @@ class TrainingStep(nn.Module):
 
     teacher: None trains without one (then `criterion` must not need it). memory_bank: None switches copy-paste off.
     paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
-    first paste. state_dict() of this module is the training state that lives beside the weights.
+    first paste. box_prompts: the networks are also asked for the masks of the annotated boxes. state_dict() of this
+    module is the training state that lives beside the weights.
     """
 
     teacher: EMATeacher | None
@@ -59,6 +74,7 @@ class TrainingStep(nn.Module):
         memory_bank: MemoryBank | None = None,
         paste_probability: float = 0.5,
         paste_start_step: int = 0,
+        box_prompts: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,6 +83,7 @@ class TrainingStep(nn.Module):
         self.image_std = tuple(image_std)
         self.paste_probability = paste_probability
         self.paste_start_step = paste_start_step
+        self.box_prompts = box_prompts
         self.seed = seed
         self.global_step = 0
         # Not submodules: the teacher is a whole network and has its own place in a checkpoint.
@@ -95,7 +112,12 @@ class TrainingStep(nn.Module):
                 changed_B1HW = (pasted != images).any(1, keepdim=True)
                 repainted = normalize(pasted * 255, self.image_mean, self.image_std)
                 images, pixel_values = pasted, torch.where(changed_B1HW, repainted, pixel_values)
-        return StepInputs(pixel_values, pixel_mask, images, targets, image_keys)
+        prompts = None
+        if self.box_prompts:
+            amount = PROMPT_JITTER if self.training else 0.0
+            jittered = jittered_boxes(targets, amount=amount, seed=self.seed, step=self.global_step, image_keys=image_keys)
+            prompts = prompt_boxes(jittered, targets)
+        return StepInputs(pixel_values, pixel_mask, images, targets, image_keys, prompts)
 
     def normalizers(self, inputs: Sequence[StepInputs]) -> StepNormalizers:
         """Counts of all micro-batches of this optimiser step on all ranks (one collective, on every rank, every step)."""
@@ -107,16 +129,15 @@ class TrainingStep(nn.Module):
 
     def forward(self, student: nn.Module, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
         """One micro-batch through the student and the criterion. `student` may be wrapped (DDP, compiled)."""
-        outputs = student(pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True)
+        outputs = student(**inputs.network_inputs(inputs.student_prompts_BP4))
         return self.loss(outputs, inputs, normalizers)
 
     def loss(self, student_outputs, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
-        """The criterion on a student's outputs; the teacher looks at the same pixels, without gradient."""
+        """The criterion on a student's outputs; the teacher looks at the same pixels and exact boxes, without gradient."""
         teacher_outputs = None
         if self.teacher is not None and self.criterion.needs_teacher(self.global_step):
-            teacher_outputs = self.teacher(
-                pixel_values=inputs.pixel_values_BCHW, pixel_mask=inputs.pixel_mask_BHW, output_auxiliary_logits=True
-            )
+            prompts = prompt_boxes(inputs.targets.boxes_G4, inputs.targets) if self.box_prompts else None
+            teacher_outputs = self.teacher(**inputs.network_inputs(prompts))
         output = self.criterion(
             student_outputs,
             teacher_outputs,

@@ -61,12 +61,7 @@ class StockTrainerAdapter:
         self.step.train(module.training)
         self._inputs = self.step.prepare({**batch, "labels": kwargs[TARGETS]})
         rest = {name: value for name, value in kwargs.items() if name not in (*batch, TARGETS)}
-        return args, {
-            **rest,
-            "pixel_values": self._inputs.pixel_values_BCHW,
-            "pixel_mask": self._inputs.pixel_mask_BHW,
-            "output_auxiliary_logits": True,
-        }
+        return args, {**rest, **self._inputs.network_inputs(self._inputs.student_prompts_BP4)}
 
     def compute_loss(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """For `compute_loss_func`. The Trainer leaves the division by the accumulation steps to such a function."""

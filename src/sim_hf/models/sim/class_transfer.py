@@ -34,8 +34,9 @@ def load_pretrained_for_classes(
     """Load a SIM or Mask2Former checkpoint (folder or Hub id) for the classes of `id2label`.
 
     The class head's row of a class is copied where the checkpoint has a class of that name (case does not matter), the
-    "no object" row always, other rows are drawn anew. Everything else must load completely: missing, unexpected,
-    misshapen or non-finite tensors are a ValueError. overrides: fields of the configuration. float32, for training.
+    "no object" row always, other rows are drawn anew; so is the encoder of box prompts where `box_prompts=True` adds one.
+    Everything else must load completely: missing, unexpected, misshapen or non-finite tensors are a ValueError. overrides:
+    fields of the configuration. float32, for training.
     """
     names = {int(label): str(name) for label, name in id2label.items()}
     if sorted(names) != list(range(len(names))):
@@ -45,7 +46,8 @@ def load_pretrained_for_classes(
         path, config=config, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
     )
     model, info = loaded
-    _require_complete(str(path), model, info)
+    adds_prompts = config.box_prompts and not SIMConfig.from_pretrained(path, category_ids=None).box_prompts
+    _require_complete(str(path), model, info, fresh=".box_prompt_encoder." if adds_prompts else None)
     old_labels = {name.strip().lower(): label for label, name in (config.id2label or {}).items()}
     old_head = model.class_predictor
     new_head = nn.Linear(old_head.in_features, len(names) + 1)
@@ -68,9 +70,9 @@ def load_pretrained_for_classes(
     return model, ClassTransferReport(str(path), tuple(transferred), tuple(fresh))
 
 
-def _require_complete(source: str, model: SIMForInstanceSegmentation, info: Mapping[str, Any]) -> None:
+def _require_complete(source: str, model: SIMForInstanceSegmentation, info: Mapping[str, Any], *, fresh: str | None) -> None:
     problems = {
-        "missing": sorted(info["missing_keys"]),
+        "missing": sorted(name for name in info["missing_keys"] if fresh is None or fresh not in name),
         "unexpected": sorted(info["unexpected_keys"]),
         "misshapen": sorted(str(entry) for entry in info["mismatched_keys"]),
         "not finite": [

@@ -19,7 +19,8 @@ class SIMConfig(Mask2FormerConfig):
 
     Every field of `Mask2FormerConfig` keeps its meaning. freeze_batch_norm: the backbone's BatchNorm layers keep their
     running statistics in training (their scale and shift still learn); turn it off for a backbone without pretrained
-    weights. category_ids: label -> the data set's own category id (COCO's ids have gaps), or None.
+    weights. category_ids: label -> the data set's own category id (COCO's ids have gaps), or None. box_prompts: the network can
+    also be asked for the mask inside a given box (`prompt_boxes`); the presets can, a stock Mask2Former checkpoint cannot.
     """
 
     model_type = "sim"
@@ -37,6 +38,7 @@ class SIMConfig(Mask2FormerConfig):
 
     freeze_batch_norm: bool = True
     category_ids: list[int] | None = None
+    box_prompts: bool = False
 
     def validate_architecture(self) -> None:
         # Skips Mask2FormerConfig's own check, which only warns that a backbone other than Swin is unusual; here it is not.
@@ -60,7 +62,7 @@ class SIMConfig(Mask2FormerConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-        fields = {**PRESETS[name], **overrides}
+        fields = {"box_prompts": True, **PRESETS[name], **overrides}
         fields["backbone_config"] = resolve_backbone_config(fields["backbone_config"] if backbone is None else backbone)
         if id2label is not None:
             names = {int(label): str(text) for label, text in id2label.items()}

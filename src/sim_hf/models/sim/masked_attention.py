@@ -1,6 +1,7 @@
 """The transformer decoder: queries read the image inside their own predicted mask, and nowhere in the padding.
 
-Shape letters: B images, Q queries, C channels, A heads, D channels per head, M cells of one level, H and W rows, columns.
+Shape letters: B images, Q learned queries, P prompts, T = Q + P all queries, C channels, A heads, D channels per head, M cells
+of one level, H and W rows, columns.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerAttention,
     Mask2FormerMaskedAttentionDecoder,
     Mask2FormerMaskedAttentionDecoderOutput,
     Mask2FormerTransformerModule,
 )
 
+from .box_prompts import SIMBoxPromptEncoder, cells_inside
 from .configuration_sim import SIMConfig
 from .padding import downsample_valid, sine_position_embedding
 
@@ -40,6 +43,37 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         return self.out_proj(attended_BAQD.permute(2, 0, 1, 3).flatten(2)), None
 
 
+class QuerySelfAttention(Mask2FormerAttention):
+    """Mask2FormerAttention (same weights) over the learned queries: all T queries read these, which come first, and nobody
+    reads a prompt."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float, num_queries: int) -> None:
+        super().__init__(embed_dim, num_heads, dropout)
+        self.num_queries = num_queries
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        position_embeddings: Tensor | None = None,
+        key_value_states: None = None,
+        key_value_position_embeddings: None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states, position_embeddings: (T, B, C), sequence first -> (T, B, C), and the weights (B, A, T, Q)."""
+        placed = self.with_pos_embed(hidden_states, position_embeddings)
+        read, read_placed = hidden_states[: self.num_queries], placed[: self.num_queries]
+
+        def heads(states: Tensor, projection: nn.Linear) -> Tensor:
+            return projection(states).unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+
+        queries_BATD, keys_BAQD = heads(placed, self.q_proj), heads(read_placed, self.k_proj)
+        weights_BATQ = (queries_BATD * self.scaling @ keys_BAQD.transpose(-2, -1)).softmax(-1)
+        dropped_BATQ = nn.functional.dropout(weights_BATQ, self.dropout, self.training)
+        attended_BATD = dropped_BATQ @ heads(read, self.v_proj)
+        return self.out_proj(attended_BATD.permute(2, 0, 1, 3).flatten(2)), weights_BATQ
+
+
 class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
     """Mask2Former's decoder; where a query may look is decided on the level's own grid.
 
@@ -51,6 +85,9 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
         super().__init__(config)
         for layer in self.layers:
             layer.cross_attn = MaskedCrossAttention(config.hidden_dim, config.num_attention_heads, config.dropout)
+            layer.self_attn = QuerySelfAttention(
+                config.hidden_dim, config.num_attention_heads, config.dropout, config.num_queries
+            )
 
     def forward(
         self,
@@ -61,11 +98,13 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
         level_positions: list[Tensor],
         level_shapes: list[tuple[int, int]],
         valid_BHW: Tensor | None,
+        prompted_cells: list[Tensor] | None = None,
         output_auxiliary_masks: bool = False,
         output_attentions: bool = False,
     ) -> Mask2FormerMaskedAttentionDecoderOutput:
-        """Refine the queries, sequence first: queries (Q, B, C), each level (M, B, C).
+        """Refine the queries, sequence first: queries (T, B, C), the prompts last; each level (M, B, C).
 
+        prompted_cells: for each level the cells inside the boxes of the prompts (B, P, M), where they may look.
         `intermediate_hidden_states` has the normalised queries before the first and after each layer;
         `masks_queries_logits` the masks of all of them, or of the last one only.
         """
@@ -82,7 +121,9 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
                 level_positions,
                 query_positions,
                 level_states,
-                encoder_attention_mask=self._where_to_look(normalised[-1], *regions[level]),
+                encoder_attention_mask=self._where_to_look(
+                    normalised[-1], *regions[level], None if prompted_cells is None else prompted_cells[level]
+                ),
                 output_attentions=output_attentions,
             )
             hidden_states = outputs[0]
@@ -117,30 +158,41 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
         return features, valid_B1M | ~valid_B1M.any(-1, keepdim=True)
 
     @torch.no_grad()
-    def _where_to_look(self, states_QBC: Tensor, features_BCHW: Tensor, valid_B1M: Tensor | None) -> Tensor:
-        """The cells each query may attend to: its mask, or the whole image where that is empty -> (B, 1, Q, M) bool."""
-        inside_BQM = self._mask_logits(states_QBC, features_BCHW).flatten(2) >= 0
+    def _where_to_look(
+        self, states_TBC: Tensor, features_BCHW: Tensor, valid_B1M: Tensor | None, prompted_BPM: Tensor | None = None
+    ) -> Tensor:
+        """The cells each query may attend to: its mask, of a prompt the part in its box; where that is empty the whole box, or
+        the whole image -> (B, 1, T, M) bool."""
+        inside_BTM = self._mask_logits(states_TBC, features_BCHW).flatten(2) >= 0
+        if prompted_BPM is not None:
+            masks_BPM = inside_BTM[:, -prompted_BPM.shape[1] :]
+            masks_BPM &= prompted_BPM
+            masks_BPM |= prompted_BPM & ~masks_BPM.any(-1, keepdim=True)
         if valid_B1M is not None:
-            inside_BQM = inside_BQM & valid_B1M
+            inside_BTM = inside_BTM & valid_B1M
         fallback_B1M = True if valid_B1M is None else valid_B1M
-        return torch.where(inside_BQM.any(-1, keepdim=True), inside_BQM, fallback_B1M)[:, None]
+        return torch.where(inside_BTM.any(-1, keepdim=True), inside_BTM, fallback_B1M)[:, None]
 
 
 class SIMTransformerModule(Mask2FormerTransformerModule):
-    """Queries and decoder."""
+    """Queries, prompts and decoder."""
 
     def __init__(self, in_features: int, config: SIMConfig) -> None:
         super().__init__(in_features, config)
         self.decoder = SIMMaskedAttentionDecoder(config)
+        self.box_prompt_encoder = SIMBoxPromptEncoder(config.hidden_dim) if config.box_prompts else None
 
     def forward(
         self,
         multi_scale_features: tuple[Tensor, ...],
         mask_features: Tensor,
         valid_BHW: Tensor | None = None,
+        prompt_boxes: Tensor | None = None,
+        input_size: tuple[int, int] = (0, 0),
         output_auxiliary_masks: bool = False,
         output_attentions: bool = False,
     ) -> Mask2FormerMaskedAttentionDecoderOutput:
+        """prompt_boxes: (B, P, 4) xyxy pixels of the padded input, whose (height, width) is `input_size`."""
         states, positions, shapes = [], [], []
         for level, feature_BCHW in enumerate(multi_scale_features):
             shape = (feature_BCHW.shape[2], feature_BCHW.shape[3])
@@ -156,14 +208,24 @@ class SIMTransformerModule(Mask2FormerTransformerModule):
             positions.append(position.flatten(2).permute(2, 0, 1))
             shapes.append(shape)
         batch_size = mask_features.shape[0]
+        query_features = self.queries_features.weight[:, None].expand(-1, batch_size, -1)
+        query_positions = self.queries_embedder.weight[:, None].expand(-1, batch_size, -1)
+        prompted_cells = None
+        if prompt_boxes is not None:
+            if self.box_prompt_encoder is None:
+                raise ValueError("this network takes no box prompts: its configuration says box_prompts=False")
+            content, position = self.box_prompt_encoder(prompt_boxes, input_size, valid_BHW)
+            query_features, query_positions = torch.cat([query_features, content]), torch.cat([query_positions, position])
+            prompted_cells = [cells_inside(prompt_boxes, input_size, shape) for shape in shapes]
         return self.decoder(
-            query_features=self.queries_features.weight[:, None].expand(-1, batch_size, -1),
-            query_positions=self.queries_embedder.weight[:, None].expand(-1, batch_size, -1),
+            query_features=query_features,
+            query_positions=query_positions,
             mask_features_BCHW=mask_features,
             level_states=states,
             level_positions=positions,
             level_shapes=shapes,
             valid_BHW=valid_BHW,
+            prompted_cells=prompted_cells,
             output_auxiliary_masks=output_auxiliary_masks,
             output_attentions=output_attentions,
         )

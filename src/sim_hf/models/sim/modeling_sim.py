@@ -3,7 +3,8 @@
 Every parameter has the name it has in Mask2FormerForUniversalSegmentation, so its checkpoints load unchanged. The loss is
 not part of the model: training computes it from the outputs.
 
-Shape letters: B images, Q queries, K classes, C channels, H and W rows and columns of the input, h and w of the mask grid.
+Shape letters: B images, Q queries, P box prompts, K classes, C channels, H and W rows and columns of the input, h and w of the
+mask grid.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import ModelOutput
 
+from .box_prompts import SIMBoxPromptEncoder
 from .configuration_sim import SIMConfig
 from .masked_attention import SIMTransformerModule
 from .padding import clear_padding
@@ -31,12 +33,16 @@ class SIMForInstanceSegmentationOutput(ModelOutput):
 
     class_queries_logits: (B, Q, K + 1), the last class is "no object". masks_queries_logits: (B, Q, h, w) at stride 4.
     mask_features: (B, C, h, w), the pixel decoder's features that the masks are made of. auxiliary_logits: the
-    predictions before the last one, when asked for. The other fields are Mask2Former's. loss stays None.
+    predictions before the last one, when asked for. class_prompts_logits, masks_prompts_logits: the same for the boxes of
+    `prompt_boxes`, (B, P, K + 1) and (B, P, h, w), also in `auxiliary_logits`. The other fields are Mask2Former's. loss stays
+    None.
     """
 
     loss: Tensor | None = None
     class_queries_logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
+    class_prompts_logits: Tensor | None = None
+    masks_prompts_logits: Tensor | None = None
     mask_features: Tensor | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
     encoder_last_hidden_state: Tensor | None = None
@@ -64,6 +70,10 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
             # Mask2Former draws the scale from normal(0, 0.02), which silences a backbone that is trained from scratch.
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, SIMBoxPromptEncoder):
+            for linear in (module.hidden, module.out):
+                init.xavier_uniform_(linear.weight)
+                init.zeros_(linear.bias)
 
 
 class SIMModel(SIMPreTrainedModel):
@@ -79,6 +89,7 @@ class SIMModel(SIMPreTrainedModel):
         self,
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
+        prompt_boxes: Tensor | None = None,
         output_auxiliary_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -86,7 +97,8 @@ class SIMModel(SIMPreTrainedModel):
     ) -> Mask2FormerModelOutput | tuple:
         """pixel_values: (B, 3, H, W); pixel_mask: (B, H, W), nonzero where there is image.
 
-        `masks_queries_logits` holds the last prediction, or all of them with `output_auxiliary_logits`.
+        `masks_queries_logits` holds the last prediction, or all of them with `output_auxiliary_logits`. With `prompt_boxes`
+        (B, P, 4) the prompts are further queries, behind the learned ones.
         """
         config = self.config
         if output_hidden_states is None:
@@ -108,6 +120,8 @@ class SIMModel(SIMPreTrainedModel):
             multi_scale_features=pixels.decoder_hidden_states,
             mask_features=pixels.decoder_last_hidden_state,
             valid_BHW=valid_BHW,
+            prompt_boxes=prompt_boxes,
+            input_size=(pixel_values.shape[-2], pixel_values.shape[-1]),
             output_auxiliary_masks=output_auxiliary_logits,
             output_attentions=output_attentions,
         )
@@ -142,12 +156,15 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
+        prompt_boxes: Tensor | None = None,
         output_auxiliary_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> SIMForInstanceSegmentationOutput | tuple:
         """pixel_values: (B, 3, H, W) normalised; pixel_mask: (B, H, W), nonzero where there is image, None for everywhere.
+        prompt_boxes: (B, P, 4), xyxy pixels of the padded input: boxes whose masks are wanted too (any box may fill up an image
+        that has fewer; no prediction depends on another prompt).
 
         What stands in the padding has no influence. In evaluation mode no mask reaches into it; in training mode its
         logits are left as they are, so their gradient is not cut.
@@ -163,23 +180,22 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
         outputs = self.model(
             pixel_values,
             pixel_mask,
+            prompt_boxes,
             output_auxiliary_logits=output_auxiliary_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
         )
         states = outputs.transformer_decoder_intermediate_states
-        auxiliary_logits = None
-        if output_auxiliary_logits:
-            auxiliary_logits = [
-                {"class_queries_logits": self._classify(state), "masks_queries_logits": mask_logits}
-                for state, mask_logits in zip(states[:-1], outputs.masks_queries_logits[:-1], strict=True)
-            ]
+        if not output_auxiliary_logits:
+            states = states[-1:]
+        predictions = [
+            self._predictions(state, mask_logits) for state, mask_logits in zip(states, outputs.masks_queries_logits, strict=True)
+        ]
         output = SIMForInstanceSegmentationOutput(
-            class_queries_logits=self._classify(states[-1]),
-            masks_queries_logits=outputs.masks_queries_logits[-1],
+            **predictions[-1],
             mask_features=outputs.pixel_decoder_last_hidden_state,
-            auxiliary_logits=auxiliary_logits,
+            auxiliary_logits=predictions[:-1] if output_auxiliary_logits else None,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
             transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
@@ -190,8 +206,18 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _classify(self, states_QBC: Tensor) -> Tensor:
-        return self.class_predictor(states_QBC.transpose(0, 1))
+    def _predictions(self, states_TBC: Tensor, mask_logits_BTHW: Tensor) -> dict[str, Tensor]:
+        """Classes and masks of one decoder prediction; the learned queries come first, then the prompts."""
+        class_logits_BTK = self.class_predictor(states_TBC.transpose(0, 1))
+        learned, prompted = slice(self.config.num_queries), slice(self.config.num_queries, None)
+        predictions = {
+            "class_queries_logits": class_logits_BTK[:, learned],
+            "masks_queries_logits": mask_logits_BTHW[:, learned],
+        }
+        if mask_logits_BTHW.shape[1] > self.config.num_queries:
+            predictions["class_prompts_logits"] = class_logits_BTK[:, prompted]
+            predictions["masks_prompts_logits"] = mask_logits_BTHW[:, prompted]
+        return predictions
 
 
 def _valid_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor | None:

@@ -41,14 +41,15 @@ def sine_position_embedding(
     x_BHW = x_BHW / (x_BHW[:, :, -1:] + _EPSILON) * (2 * math.pi)
 
     half = num_channels // 2
-    channels = torch.arange(half, device=device)
-    wavelengths = _TEMPERATURE ** (2 * torch.div(channels, 2, rounding_mode="floor").float() / half)
+    return torch.cat((sine_waves(y_BHW, half), sine_waves(x_BHW, half)), dim=3).permute(0, 3, 1, 2).to(dtype)
 
-    def waves(position_BHW: Tensor) -> Tensor:
-        angle_BHWC = position_BHW[..., None] / wavelengths
-        return torch.stack((angle_BHWC[..., 0::2].sin(), angle_BHWC[..., 1::2].cos()), dim=-1).flatten(3)
 
-    return torch.cat((waves(y_BHW), waves(x_BHW)), dim=3).permute(0, 3, 1, 2).to(dtype)
+def sine_waves(angle: Tensor, num_channels: int) -> Tensor:
+    """Sines and cosines in turn of angles (any shape), over geometric wavelengths -> (..., num_channels)."""
+    channels = torch.arange(num_channels, device=angle.device)
+    wavelengths = _TEMPERATURE ** (2 * torch.div(channels, 2, rounding_mode="floor").float() / num_channels)
+    scaled = angle[..., None] / wavelengths
+    return torch.stack((scaled[..., 0::2].sin(), scaled[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
