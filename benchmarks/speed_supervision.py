@@ -37,7 +37,7 @@ from sim_hf.mask_generation import (
     semantic_probability_map,
 )
 from sim_hf.mask_generation.box_cells import box_cells
-from supervision_inputs import STRIDE, Inputs, make_inputs, read_pictures
+from supervision_inputs import STRIDE, Inputs, Picture, halved, make_inputs, read_pictures
 
 BATCH_SIZE = 2
 GOAL, MEMORY_GOAL = 1 / 20, 1 / 8  # of the whole
@@ -45,6 +45,8 @@ RELATIVE, OF_LARGEST, OF_LENGTH = 1e-4, 1e-5, 1e-3
 EXCEPTIONS, EXCEPTION_OF_LARGEST = 1e-5, 1e-2
 COLOR_THRESHOLD = 0.3
 CONFIDENT = 0.7
+BOUNDED_SAMPLE = 4096  # pixels of a class in a training run
+CHUNK_SIZE = 16
 MAX_PIXELS = 256  # of an instance, for its class's prototypes
 PROJECTION_WEIGHT, PAIRWISE_WEIGHT = 5.0, 2.0
 
@@ -71,7 +73,7 @@ def supervision_rows(
     num_instances: int = 40,
     num_layers: int = 4,
 ) -> list[Row]:
-    """A row for each part and one for all of them together. size: (height, width) of the input."""
+    """A row for each part, one for all of them together, and those of growth. size: (height, width) of the input."""
     pictures, num_classes = read_pictures(data, size, BATCH_SIZE)
     inputs = make_inputs(pictures, num_classes, num_instances=num_instances, num_layers=num_layers)
     sides = Sides(inputs)
@@ -97,15 +99,61 @@ def supervision_rows(
             note=f"a box covers {inputs.box_share():.1%} of its picture; {sides.similar_share():.0%} of all pairs are similar",
         )
     )
-    return rows
+    return rows + growth_rows(repeats, pictures, num_classes)
+
+
+def growth_rows(
+    repeats: int,
+    pictures: list[Picture],
+    num_classes: int,
+    *,
+    counts: tuple[int, ...] = (20, 100, 300),
+    num_layers: int = 2,
+) -> list[Row]:
+    """Ours with more and more instances in a picture, beside ours with the fewest, on half of the pictures' size: the time
+    should grow no faster than the instances. Then the pseudo masks of the most, in chunks and at once: what chunks save.
+
+    Equal: both ways of chunking give the same masks. The prototypes take the bounded sample of a training run.
+    """
+    pictures = [halved(picture) for picture in pictures]
+    few, *more = [
+        Sides(
+            make_inputs(pictures, num_classes, num_instances=BATCH_SIZE * count, num_layers=num_layers), bounded_sample=True
+        ).ours
+        for count in counts
+    ]
+    rows = [
+        compare(
+            f"supervision in all, {count} instances a picture",
+            f"the same with {counts[0]}",
+            many.everything,
+            few.everything,
+            equal=agree(many.chunked_masks(CHUNK_SIZE), many.chunked_masks(BATCH_SIZE * count)),
+            goal=count / counts[0],
+            repeats=repeats,
+            note="the goal is the ratio of the numbers",
+        )
+        for count, many in zip(counts[1:], more, strict=True)
+    ]
+    chunks = compare(
+        f"pseudo masks of {counts[-1]} instances a picture, {CHUNK_SIZE} at a time",
+        "all at once",
+        lambda: more[-1].chunked_masks(CHUNK_SIZE),
+        lambda: more[-1].chunked_masks(BATCH_SIZE * counts[-1]),
+        equal=rows[-1].equal,
+        goal=None,
+        memory_goal=1.0,
+        repeats=repeats,
+    )
+    return [*rows, chunks]
 
 
 class Sides:
     """Ours and the plain form on the same inputs. What a part takes from an earlier one is made once, by the plain form."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, *, bounded_sample: bool = False) -> None:
         self.plain = Plain(inputs)
-        self.ours = Ours(inputs, self.plain)
+        self.ours = Ours(inputs, self.plain, bounded_sample)
 
     def parts(self) -> list[Part]:
         layers = len(self.plain.inputs.students)
@@ -207,18 +255,15 @@ class Plain:
 class Ours:
     """The package's functions, called as the criterion and the generator call them."""
 
-    def __init__(self, inputs: Inputs, peer: Plain) -> None:
+    def __init__(self, inputs: Inputs, peer: Plain, bounded_sample: bool) -> None:
         self.inputs = inputs
         self.height, self.width = inputs.students[0].mask_logits_NHW.shape[-2:]
         self.similarity_BKHW = peer.similarity_B8HW[:, 4:].contiguous()
         self.instance_GHW, self.semantic_GHW = peer.instance_GHW, peer.semantic_GHW
         num_classes, num_prototypes, channels = inputs.prototypes_KLC.shape
-        self.bank = PrototypeBank(
-            num_classes,
-            num_prototypes,
-            channels,
-            max_pixels_per_class=MAX_PIXELS * inputs.num_instances,  # room for all: which ones it would drop is its own choice
-        )
+        # Beside the peer, room for all: which pixels the bank would drop is its own choice.
+        max_pixels = BOUNDED_SAMPLE if bounded_sample else MAX_PIXELS * inputs.num_instances
+        self.bank = PrototypeBank(num_classes, num_prototypes, channels, max_pixels_per_class=max_pixels)
         self.criterion = BoxInstCriterion(
             projection_weight=PROJECTION_WEIGHT,
             pairwise_weight=PAIRWISE_WEIGHT,
@@ -272,6 +317,12 @@ class Ours:
         weights_N = positive_mask_weights(boxes_N4, boxes_G4, teacher.instance_ids_N)
         instance_GHW = instance_probability_map(teacher.mask_logits_NHW, weights_N, teacher.instance_ids_N, len(boxes_G4))
         masks = self_correction(self.semantic_GHW, instance_GHW, boxes_G4, stride=STRIDE, confident=CONFIDENT)
+        return {"probabilities": masks.probabilities_GHW, "target": masks.target_GHW, "trusted": masks.trusted_GHW}
+
+    def chunked_masks(self, chunk_size: int) -> Result:
+        self.reset_bank()
+        generator = PseudoMaskGenerator(self.bank, confident=CONFIDENT, chunk_size=chunk_size)
+        masks = generator(self.inputs.teacher, self.inputs.targets, update_prototypes=False)
         return {"probabilities": masks.probabilities_GHW, "target": masks.target_GHW, "trusted": masks.trusted_GHW}
 
     def everything(self) -> Result:

@@ -74,6 +74,12 @@ def test_the_whole_chain_equals_the_published_form(sides):
     assert speed_supervision.agree(sides.ours.everything(), sides.plain.everything(), by_length=True)
 
 
+def test_pseudo_masks_do_not_depend_on_the_chunks(sides):
+    at_once = sides.ours.chunked_masks(5)
+    for chunk_size in (1, 2):
+        assert speed_supervision.agree(sides.ours.chunked_masks(chunk_size), at_once)
+
+
 @pytest.mark.parametrize("name", ("pairwise", "projection"))
 def test_the_compared_gradients_are_not_zero(sides, name):
     result = part_of(sides.plain, name)
