@@ -76,3 +76,24 @@ def moving_direction(start, targets, momentum):
         value = keep * value + (1 - keep) * target
         value = value / np.linalg.norm(value)
     return value
+
+
+def pixel_shares(instance_maps, boxes, image_ids, stride, radius=1.25):
+    """What every instance keeps of every cell: 1 without a rival, else 2 s / (s + r) up to 1. Maps (G, H, W), 0 outside of the
+    boxes -> (G, H, W)"""
+    count, height, width = instance_maps.shape
+    scores, shares = np.zeros((count, height, width)), np.ones((count, height, width))
+    for g, (x1, y1, x2, y2) in enumerate(boxes):
+        for row in range(height):
+            for column in range(width):
+                dx = ((column + 0.5) * stride - (x1 + x2) / 2) / ((x2 - x1) / 2)
+                dy = ((row + 0.5) * stride - (y1 + y2) / 2) / ((y2 - y1) / 2)
+                scores[g, row, column] = instance_maps[g, row, column] * min(max(radius - math.hypot(dx, dy), 0), 1)
+    for g in range(count):
+        rivals = [h for h in range(count) if h != g and image_ids[h] == image_ids[g]]
+        for row in range(height):
+            for column in range(width):
+                rival = max((scores[h, row, column] for h in rivals), default=0.0)
+                if rival > 0:
+                    shares[g, row, column] = min(1, 2 * scores[g, row, column] / (scores[g, row, column] + rival))
+    return shares

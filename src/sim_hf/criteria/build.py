@@ -63,7 +63,13 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         momentum=supervision.prototype_momentum,
         hard_assignment=supervision.hard_assignment,
     )
-    generator = PseudoMaskGenerator(bank, alpha=supervision.alpha, temperature=supervision.temperature, mu=supervision.mu)
+    generator = PseudoMaskGenerator(
+        bank,
+        alpha=supervision.alpha,
+        temperature=supervision.temperature,
+        mu=supervision.mu,
+        pixel_competition=supervision.pixel_competition,
+    )
     start = steps(supervision.pseudo_start)
     return SIMCriterion(
         build_boxinst(supervision=supervision, num_classes=num_classes, feature_dim=feature_dim, steps=steps),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sim_hf.mask_generation.box_cells import BoxCells, box_cells
+from sim_hf.mask_generation.pixel_competition import PixelCompetition
 from sim_hf.mask_generation.positive_mask_weighting import (
     instance_probabilities,
     positive_mask_weights,
@@ -27,7 +28,7 @@ class PseudoMaskGenerator:
 
     Arguments: `alpha`, `high_range`, `low`, `confident` see `self_correction`; `temperature` is tau of Eq. 1, `mu` that of
     Eq. 6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an
-    instance. `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made
+    instance. `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made
     inside the boxes only: outside, the box decides.
     """
 
@@ -42,6 +43,7 @@ class PseudoMaskGenerator:
         high_range: tuple[float, float] = (0.7, 0.8),
         low: float = 0.4,
         max_pixels_per_instance: int = 256,
+        pixel_competition: bool = False,
         chunk_size: int = 16,
     ) -> None:
         if min(max_pixels_per_instance, chunk_size) < 1:
@@ -56,6 +58,7 @@ class PseudoMaskGenerator:
         self.high_range = high_range
         self.low = low
         self.max_pixels_per_instance = max_pixels_per_instance
+        self.pixel_competition = pixel_competition
         self.chunk_size = chunk_size
 
     @torch.no_grad()
@@ -78,17 +81,31 @@ class PseudoMaskGenerator:
         alpha_G = torch.where(self.bank.is_ready_K[targets.class_labels_G], self.alpha, 1.0)
         has_positives_G = teacher.instance_ids_N.bincount(minlength=len(targets)) > 0
         masks = masks_outside_of_boxes(has_positives_G, (height, width))
-        for start in range(0, len(targets), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
+        parts = [slice(start, start + self.chunk_size) for start in range(0, len(targets), self.chunk_size)]
+
+        def of_part(part: slice) -> tuple[BoxCells, Tensor]:
+            """The cells of these instances, and M_I (Eq. 6) there."""
             cells = box_cells(targets.boxes_G4[part], height, width, stride)
-            instance_V = instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
+            return cells, instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
+
+        competition = None
+        if self.pixel_competition:
+            competition = PixelCompetition(targets.num_images, (height, width), stride, masks.probabilities_GHW.device)
+            for part in parts:
+                competition.enter(*of_part(part), targets.boxes_G4[part], targets.image_ids_G[part])
+        for part in parts:
+            labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
+            cells, instance_V = of_part(part)
+            semantic_V = similarity.probabilities(cells, part)
+            if competition is not None:
+                share_V = competition.shares(cells, instance_V, targets.boxes_G4[part], image_ids_G)
+                semantic_V, instance_V = semantic_V * share_V, instance_V * share_V
             # Prototypes and their optimal-transport assignment: `bank.commit`, once per optimiser step.
             if update_prototypes:
-                labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
                 self.observe_confident_pixels(instance_V, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
             # Self-correction (Eq. 7).
             correct_cells(
-                similarity.probabilities(cells, part),
+                semantic_V,
                 instance_V,
                 cells,
                 _instances(masks, part),

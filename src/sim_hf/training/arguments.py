@@ -123,6 +123,10 @@ class SupervisionArguments:
     temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
     alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
     mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
+    pixel_competition: bool = field(
+        default=True,
+        metadata={"help": "Pseudo masks of instances whose boxes overlap share the pixels there (not in the paper)."},
+    )
     paste_weight: float = field(default=1.0, metadata={"help": "lambda_2, the copy-paste loss; 0 switches pasting off."})
     paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
