@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.labeling import LabelOptions, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
-from sim_hf.structures import box_iou_pairwise, mask_boxes
+from sim_hf.labeling import LabelOptions, _blended, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
+from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 
 class DarkPixels(nn.Module):
@@ -99,8 +99,10 @@ def test_the_threshold_is_the_one_whose_extent_agrees_with_the_box():
     probability[2:4, 2:4] = 0.9
     total = _WeightedMap((2, 2, 8, 8), probability, agreement=1.0, weight=1.0)
     box = torch.tensor([2.0, 2.0, 8.0, 8.0])
-    assert int(_decide(total, box, LabelOptions())[0].sum()) == 36
-    assert int(_decide(total, box, LabelOptions(fit_threshold=False))[0].sum()) == 4
+    blended = _blended(total, LabelOptions())
+    assert torch.equal(blended, probability)
+    assert int(_decide(blended, total, box, LabelOptions())[0].sum()) == 36
+    assert int(_decide(blended, total, box, LabelOptions(fit_threshold=False))[0].sum()) == 4
 
 
 def test_queries_are_weighed_by_agreement_and_class():
@@ -113,3 +115,38 @@ def test_queries_are_weighed_by_agreement_and_class():
     assert torch.allclose(weights, 0.5 * torch.tensor([2.0, 1.0, 0.0]).exp())
     unknown, _ = _weigh_queries(classes, masks, torch.tensor([8.0, 8.0, 24.0, 24.0]), None, 4.0, LabelOptions(mu=2.0))
     assert torch.allclose(unknown, 0.9 * torch.tensor([2.0, 1.0, 0.0]).exp())
+
+
+class Prompted(DarkPixels):
+    """Answers a box with the box filled in, sure of class 1; its queries find nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(box_prompts=True)
+
+    def forward(self, pixel_values, pixel_mask, prompt_boxes):
+        output = super().forward(pixel_values, pixel_mask)
+        output.masks_queries_logits = torch.full_like(output.masks_queries_logits, -9.0)
+        height, width = output.masks_queries_logits.shape[-2:]
+        filled = [box_masks(boxes, height, width, 4.0) for boxes in prompt_boxes]
+        output.masks_prompts_logits = torch.where(torch.stack(filled), 9.0, -9.0)
+        output.class_prompts_logits = torch.tensor([0.0, 5.0, 0.0]).expand(*prompt_boxes.shape[:2], 3)
+        return output
+
+
+@pytest.mark.parametrize("options", [LabelOptions(crop_below=0.0), LabelOptions(crop_below=1.0, flip=True)])
+def test_a_network_that_takes_prompts_is_asked_for_the_boxes(options):
+    boxes = torch.tensor([[4.0, 8.0, 24.0, 28.0], [32.0, 40.0, 60.0, 56.0]])
+    found = masks_for_boxes(Prompted(), tiny_processor(), picture_of((0, 0, 64, 64)), boxes, [1, 1], options)
+    assert box_iou_pairwise(mask_boxes(found.masks()), boxes).min() > 0.95
+    assert found.confidence_n.min() > 0.9
+
+
+def test_masks_of_overlapping_boxes_share_their_pixels():
+    boxes = torch.tensor([[0.0, 16.0, 40.0, 48.0], [24.0, 16.0, 64.0, 48.0]])
+    picture = picture_of((0, 0, 64, 64))
+    both = [
+        int(masks_for_boxes(Prompted(), tiny_processor(), picture, boxes, [1, 1], options).masks().all(0).sum())
+        for options in (LabelOptions(pixel_competition=False), LabelOptions())
+    ]
+    assert both[0] > 0.95 * 16 * 32 and both[1] < 0.7 * both[0]

@@ -4,7 +4,8 @@ The network sees the whole picture and, on request, an enlarged crop around each
 cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive
 mask weighting (SIM, Eq. 6) at inference. A network that takes box prompts is also asked for the box itself, and its answer is
 one more query, which counts `prompt_weight` times. The weighted map is thresholded where its extent agrees best with the box.
-The less the queries agree with the box, the more a rounded blob inside it takes their place.
+The less the queries agree with the box, the more a rounded blob inside it takes their place. Where boxes overlap, their masks
+compete for the pixels, as SIM's pseudo masks do in training.
 
 Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or box region, H W pixels of the picture.
 """
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sim_hf.mask_generation.pixel_competition import RADIUS, centrality, pixel_share
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2)  # the first wins ties
@@ -32,18 +34,19 @@ class LabelOptions:
     mirrored. prompt_weight: how many queries the answer to a box prompt counts for. mu: sharpness of the weighting.
     class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
     trust_power: the queries' part against the blob's is agreement^trust_power. blob_radius: where the blob has faded to 0, in
-    half sides of the box.
+    half sides of the box. pixel_competition: masks whose boxes overlap share the pixels there.
     """
 
     crop_below: float = 0.5
     crop_margin: float = 0.35
-    flip: bool = False
-    prompt_weight: float = 10.0
+    flip: bool = True
+    prompt_weight: float = 3.0
     mu: float = 5.0
     class_weight: float = 1.0
     fit_threshold: bool = True
     trust_power: float = 2.0
     blob_radius: float = 1.25
+    pixel_competition: bool = True
     batch_size: int = 8
 
 
@@ -96,7 +99,10 @@ def masks_for_boxes(
     sums = [_WeightedMap.empty(_pixel_region(box_4, height, width)) for box_4 in boxes_n4]
     for start in range(0, len(views), options.batch_size):
         _add_views(model, processor, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
-    decided = [_decide(total, box_4, options) for total, box_4 in zip(sums, boxes_n4, strict=True)]
+    maps = [_blended(total, options) for total in sums]
+    if options.pixel_competition:
+        maps = _competed(maps, [total.region for total in sums])
+    decided = [_decide(*parts, options) for parts in zip(maps, sums, boxes_n4, strict=True)]
     return BoxMasks(
         crops=[crop for crop, _ in decided],
         corners=[total.region[:2] for total in sums],
@@ -136,6 +142,14 @@ class _WeightedMap:
     def empty(cls, region: tuple[int, int, int, int]) -> _WeightedMap:
         left, top, right, bottom = region
         return cls(region, torch.zeros(bottom - top, right - left))
+
+    @property
+    def probability_hw(self) -> Tensor:
+        return self.map_hw / max(self.weight, 1e-12)
+
+    @property
+    def mean_agreement(self) -> float:
+        return self.agreement / max(self.weight, 1e-12)
 
 
 def _views(picture: Image.Image, boxes_n4: Tensor, options: LabelOptions) -> list[_View]:
@@ -223,12 +237,30 @@ def _weigh_queries(
     return (options.mu * agreement_Q).exp() * known_Q.clamp(min=1e-4) ** options.class_weight, agreement_Q
 
 
-def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[Tensor, float]:
+def _blended(total: _WeightedMap, options: LabelOptions) -> Tensor:
+    """Mask probability inside the box, the blob in its place as far as the queries do not agree with the box -> (h, w)."""
+    probability_hw, trust = total.probability_hw, total.mean_agreement**options.trust_power
+    return trust * probability_hw + (1 - trust) * _blob(probability_hw, options.blob_radius)
+
+
+def _competed(maps: Sequence[Tensor], regions: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
+    """What each box keeps of its map against its strongest rival at every pixel (`pixel_competition.py`)."""
+    scores = [map_hw * _blob(map_hw, RADIUS) for map_hw in maps]
+    kept = []
+    for i, map_hw in enumerate(maps):
+        rival_hw = torch.zeros_like(map_hw)
+        for j, (left, top, right, bottom) in enumerate(regions):
+            x1, y1, x2, y2 = regions[i]
+            x1, y1, x2, y2 = max(x1, left), max(y1, top), min(x2, right), min(y2, bottom)
+            if j != i and x1 < x2 and y1 < y2:
+                mine_hw = rival_hw[y1 - regions[i][1] : y2 - regions[i][1], x1 - regions[i][0] : x2 - regions[i][0]]
+                torch.maximum(mine_hw, scores[j][y1 - top : y2 - top, x1 - left : x2 - left], out=mine_hw)
+        kept.append(map_hw * pixel_share(scores[i], rival_hw))
+    return kept
+
+
+def _decide(blended_hw: Tensor, total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[Tensor, float]:
     """The mask inside a box's pixels, and its confidence: mean probability in the mask times the queries' agreement."""
-    probability_hw = total.map_hw / max(total.weight, 1e-12)
-    agreement = total.agreement / max(total.weight, 1e-12)
-    trust = agreement**options.trust_power
-    blended_hw = trust * probability_hw + (1 - trust) * _blob(probability_hw, options.blob_radius)
     own_box_4 = box_4 - torch.tensor([*total.region[:2]] * 2)
     thresholds = _THRESHOLDS if options.fit_threshold else _THRESHOLDS[:1]
     candidates = torch.stack([blended_hw > threshold for threshold in thresholds])
@@ -238,7 +270,7 @@ def _decide(total: _WeightedMap, box_4: Tensor, options: LabelOptions) -> tuple[
     mask_hw = candidates[int((fit - 0.5 * preference).argmax())]
     if not bool(mask_hw.any()):
         return torch.ones_like(mask_hw), 0.0
-    return mask_hw, float(probability_hw[mask_hw].mean()) * agreement
+    return mask_hw, float(total.probability_hw[mask_hw].mean()) * total.mean_agreement
 
 
 def _blob(like_hw: Tensor, radius: float) -> Tensor:
@@ -246,4 +278,4 @@ def _blob(like_hw: Tensor, radius: float) -> Tensor:
     height, width = like_hw.shape
     y = (torch.arange(height) + 0.5) / height * 2 - 1
     x = (torch.arange(width) + 0.5) / width * 2 - 1
-    return (radius - (y[:, None] ** 2 + x[None] ** 2).sqrt()).clamp(0, 1)
+    return centrality(x[None], y[:, None], radius)

@@ -18,9 +18,9 @@ from sim_hf.mask_generation.box_cells import BoxCells
 RADIUS = 1.25  # half sides of the box at which centrality has faded to 0; its corners lie at 1.41
 
 
-def centrality(offsets_x: Tensor, offsets_y: Tensor) -> Tensor:
-    """1 around the middle of a box, falling to 0 at `RADIUS`; offsets from the middle in half sides, of equal shapes."""
-    return (RADIUS - torch.hypot(offsets_x, offsets_y)).clamp(0, 1)
+def centrality(offsets_x: Tensor, offsets_y: Tensor, radius: float = RADIUS) -> Tensor:
+    """1 around the middle of a box, falling to 0 at `radius`; offsets from the middle in half sides, of shapes that broadcast."""
+    return (radius - torch.hypot(offsets_x, offsets_y)).clamp(0, 1)
 
 
 def pixel_share(score: Tensor, rival: Tensor) -> Tensor:

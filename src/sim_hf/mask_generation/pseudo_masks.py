@@ -28,8 +28,9 @@ class PseudoMaskGenerator:
 
     Arguments: `alpha`, `high_range`, `low`, `confident` see `self_correction`; `temperature` is tau of Eq. 1, `mu` that of
     Eq. 6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an
-    instance. `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made
-    inside the boxes only: outside, the box decides.
+    instance. `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper).
+    `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made inside the
+    boxes only: outside, the box decides.
     """
 
     def __init__(
