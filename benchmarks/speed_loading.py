@@ -1,6 +1,6 @@
 """Loading beside `datasets` and transformers: JPEG files of 640x480 to a padded batch at 800 px, on one thread.
 
-Ours: the package's own path of evaluation, which is that of training without its random part: `SeededDataset` (read_image),
+Ours: the package's own path of evaluation, which is that of training without its random part: `SeededDataset` (read_pixels),
 `EvalTransform`, `DetectionCollator`; it carries the boxes along. The peer: the decoding of `datasets.Image` and
 `Mask2FormerImageProcessor`, without boxes. Both give the longest side 800 pixels, bilinear and antialiased.
 """
@@ -23,6 +23,7 @@ from measuring import Row, compare, seconds
 from sim_hf import SIMImageProcessor
 from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset, load_coco, read_image, write_coco, write_scenes
 from sim_hf.data.collator import normalized
+from sim_hf.data.images import read_pixels
 
 SIZE_DIVISOR = 32
 TOLERANCE = 1e-3  # of normalised values; one step of 8 bits is 0.017
@@ -60,13 +61,13 @@ def loading_rows(
             equal=loading.is_equal_as_bytes(),
             goal=0.25,
             repeats=repeats,
-            note="without the normalisation, which the device does; equal: normalised, bit for bit the batches of the row above",
+            note="without the normalisation and the planes, which the device makes; equal: then bit for bit the batches above",
         )
         decoding = statistics.median(seconds(loading.decode) for _ in range(repeats)) / num_images
     rows = [row, bytes_row]
     for each in rows:
         each.ours_seconds, each.peer_seconds = each.ours_seconds / num_images, each.peer_seconds / num_images
-        each.note += f"; of ours, {decoding * 1000:.2f} ms an image are Pillow's decoding, which both sides do"
+        each.note += f"; of ours, {decoding * 1000:.2f} ms an image are decoding, which both sides do"
     return rows
 
 
@@ -114,7 +115,7 @@ class Loading:
 
     def decode(self) -> None:
         for row in self.pictures.with_format(None):
-            read_image(row["image"])
+            read_pixels(row["image"])
 
     def our_batch(self, start: int, collate: DetectionCollator | None = None) -> dict:
         stop = min(start + self.batch_size, len(self.samples))

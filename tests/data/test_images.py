@@ -1,10 +1,12 @@
 import io
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageFile
 
-from sim_hf.data.images import ImageError, read_image, read_image_size
+from sim_hf.data.images import ImageError, read_image, read_image_size, read_pixels
 
 RED = (220, 20, 20)
 
@@ -160,3 +162,83 @@ def test_format_outside_the_list_is_refused():
 def test_wrong_type_of_source_is_named():
     with pytest.raises(ImageError, match="NoneType"):
         read_image(None)
+
+
+def _wavy(height, width):
+    """A picture whose colours change from pixel to pixel, so that the way colour is enlarged shows."""
+    values = np.random.default_rng(height * width).integers(0, 256, (-(-height // 3), -(-width // 3), 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("size", [(40, 64), (37, 51), (1, 1)])
+def test_pixels_of_a_jpeg_are_those_of_the_picture_bit_for_bit(tmp_path, subsampling, options, size):
+    data = _encoded(_wavy(*size), "JPEG", **{"quality": 92, "subsampling": subsampling, **options})
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(data)
+    expected = torch.from_numpy(np.array(read_image(data))).permute(2, 0, 1)
+    assert expected.shape == (3, *size)
+    for source in (data, path, Image.open(path), {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}):
+        pixels = read_pixels(source)
+        assert pixels.dtype == torch.uint8 and torch.equal(pixels, expected)
+
+
+def test_a_plain_jpeg_is_read_without_a_picture_of_pillow(monkeypatch):
+    data = _encoded(_wavy(40, 64), "JPEG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("Pillow decoded it"))
+    assert read_pixels(data).shape == (3, 40, 64)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_of_a_turned_jpeg_stand_upright(orientation):
+    data = _encoded(_stored_under(_wavy(40, 64), orientation), "JPEG", exif=_exif(orientation), quality=95, subsampling=0)
+    pixels = read_pixels(data)
+    assert torch.equal(pixels, torch.from_numpy(np.array(read_image(data))).permute(2, 0, 1))
+    assert (pixels - torch.from_numpy(np.array(_wavy(40, 64))).permute(2, 0, 1).float()).abs().mean() < 8
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _encoded(Image.new("L", (5, 4), 77), "JPEG"),
+        _encoded(Image.new("CMYK", (5, 4), (0, 255, 255, 0)), "JPEG"),
+        _encoded(_wavy(40, 64), "JPEG", keep_rgb=True, subsampling=0),
+        _encoded(_with_alpha("RGBA")),
+        _encoded(_with_alpha("P")),
+        _encoded(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)),
+    ],
+    ids=["gray jpeg", "cmyk jpeg", "rgb jpeg", "alpha", "palette", "16 bits"],
+)
+def test_pixels_of_other_pictures_are_those_of_the_picture(data):
+    assert torch.equal(read_pixels(data), torch.from_numpy(np.array(read_image(data))).permute(2, 0, 1))
+
+
+def test_a_damaged_jpeg_gives_the_same_pixels_or_the_same_error():
+    """Bytes of it are changed, cut off or added; what Pillow forgives is forgiven, what it refuses is refused."""
+    random = np.random.default_rng(0)
+    whole = _encoded(_wavy(40, 64), "JPEG", quality=70)
+    outcomes = set()
+    for damage in range(150):
+        data = bytearray(whole)
+        if damage % 3 == 0:
+            del data[int(random.integers(2, len(data))) :]
+        elif damage % 3 == 1:
+            data[int(random.integers(2, len(data)))] = int(random.integers(256))
+        else:
+            data += random.bytes(9)
+        results = []
+        for read in (read_pixels, lambda source: torch.from_numpy(np.array(read_image(source))).permute(2, 0, 1)):
+            try:
+                results.append(read(bytes(data)))
+            except ImageError as error:
+                results.append(re.sub("0x[0-9a-f]+", "", str(error)))
+        ours, expected = results
+        outcomes.add(type(ours))
+        assert torch.equal(ours, expected) if isinstance(ours, torch.Tensor) else ours == expected
+    assert outcomes == {torch.Tensor, str}
+
+
+def test_pixels_of_a_large_jpeg_are_refused_on_its_header():
+    with pytest.raises(ImageError, match="64 x 40 pixels, more than the limit of 100"):
+        read_pixels(_encoded(_wavy(40, 64), "JPEG"), max_pixels=100)

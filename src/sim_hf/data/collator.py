@@ -19,7 +19,7 @@ class DetectionCollator:
     up to a multiple of `size_divisor`, or to the fixed size `pad_to` (a side or (height, width)).
 
     image_mean, image_std: of RGB in 0..1. The padding is zero *after* normalisation, the mean colour. as_bytes: give what
-    `normalized` turns into the batch, a fifth of its size: workers pass less on, and the device normalises.
+    `normalized` turns into the batch, a fifth of its size: workers pass less on, and the device normalises and makes planes.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class DetectionCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """-> `pixel_values` float32 (B, 3, H, W), `pixel_mask` int64 (B, H, W) and `labels`, one dict per image. As bytes,
-        the values are uint8, the images' own, and the mask is bool."""
+        the values are uint8, the images' own, which lie pixel by pixel, and the mask is bool."""
         height, width = self._padded_size(samples)
-        shape = (len(samples), 3, height, width)
-        pixel_values = _new_memory(shape, np.uint8 if self.as_bytes else np.float32)
+        if self.as_bytes:
+            pixel_values = _new_memory((len(samples), height, width, 3), np.uint8).permute(0, 3, 1, 2)
+        else:
+            pixel_values = _new_memory((len(samples), 3, height, width), np.float32)
         pixel_mask = torch.zeros(len(samples), height, width, dtype=torch.bool if self.as_bytes else torch.long)
         for k, sample in enumerate(samples):
             h, w = sample["image"].shape[-2:]
@@ -73,7 +75,9 @@ class DetectionCollator:
 
 def normalized(batch: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """A batch `as_bytes` -> bit for bit the batch that the same collator gives without it, made where its tensors are."""
-    pixel_values = normalize(batch["pixel_values"], mean, std)
+    pixel_bytes = batch["pixel_values"]
+    pixel_values = torch.empty(pixel_bytes.shape, dtype=torch.float32, device=pixel_bytes.device)  # planes, as without bytes
+    normalize(pixel_bytes, mean, std, out=pixel_values)
     pixel_values.masked_fill_(~batch["pixel_mask"][:, None], 0)
     return {**batch, "pixel_values": pixel_values, "pixel_mask": batch["pixel_mask"].long()}
 

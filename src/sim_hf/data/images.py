@@ -9,6 +9,9 @@ Decided once, here, for training, evaluation and prediction:
   range that holds every value of the picture.
 * The number of pixels is checked on the header, before anything is decoded.
 * Animations give their first frame.
+
+`read_pixels` gives the same as a tensor. Most pictures are plain JPEG files; those go from the bytes to the tensor without
+a picture of Pillow between them.
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ from __future__ import annotations
 import os
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 DEFAULT_MAX_PIXELS = 89_000_000
 ALLOWED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_ORIENTATION = 0x0112  # tag of EXIF
 _BACKGROUND = (255, 255, 255, 255)
 _DECODE_ERRORS = (
     OSError,
@@ -54,22 +62,21 @@ def read_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     Raises `ImageError` for a missing, undecodable or truncated file, for formats outside `ALLOWED_FORMATS` and for more
     than `max_pixels` pixels.
     """
-    name = _source_name(source)
-    try:
-        image = _open(source)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels}")
+    with _errors_that_name(_source_name(source)):
+        image = _open_within(source, max_pixels)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture in one of the formats {', '.join(ALLOWED_FORMATS)}") from error
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def read_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+    """What `read_image` gives, bit for bit, and its errors -> uint8 (3, h, w), which lies in memory pixel by pixel."""
+    with _errors_that_name(_source_name(source)):
+        image = _open_within(source, max_pixels)
+        pixels_3hw = None if image is source else _decode_plain_jpeg(image)
+        if pixels_3hw is None:
+            image.load()
+            pixels_3hw = torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+        return pixels_3hw
 
 
 def read_image_size(source: ImageSource) -> tuple[int, int]:
@@ -78,12 +85,26 @@ def read_image_size(source: ImageSource) -> tuple[int, int]:
     try:
         image = _open(source)
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # those that lie on their side
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
     except _DECODE_ERRORS as error:
         raise ImageError(f"{name}: the header cannot be read ({type(error).__name__}: {error})") from error
     return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _errors_that_name(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a picture in one of the formats {', '.join(ALLOWED_FORMATS)}") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _source_name(source: ImageSource) -> str:
@@ -114,6 +135,26 @@ def _open(source: ImageSource) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller's own limit decides
         return Image.open(file, formats=formats)
+
+
+def _open_within(source: ImageSource, max_pixels: int) -> Image.Image:
+    image = _open(source)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{_source_name(source)}: {width} x {height} pixels, more than the limit of {max_pixels}")
+    return image
+
+
+def _decode_plain_jpeg(image: Image.Image) -> Tensor | None:
+    """The pixels of a JPEG file of three colours that stands upright, its header read and its pixels not; else None."""
+    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    image.fp.seek(0)
+    data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    try:
+        return cast(Tensor, decode_jpeg(data, mode=ImageReadMode.RGB))  # one file, hence one tensor
+    except RuntimeError:
+        return None  # broken, or a torchvision without JPEG: Pillow decides which errors are forgiven
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
