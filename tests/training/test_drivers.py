@@ -353,6 +353,16 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, rows):
         SIMTrainer(model=tiny_model(), args=arguments, image_processor=tiny_processor(), train_dataset=rows["train"])
 
 
+def test_trainers_of_transformers_refuse_fsdp(tmp_path, rows, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
+    model = tiny_model()
+    with pytest.raises(ValueError, match="FSDP is not supported here"):
+        SIMTrainer(model=model, args=hf_arguments(tmp_path), image_processor=tiny_processor(), train_dataset=rows["train"])
+    adapter = StockTrainerAdapter(make_step(model, "boxinst"))
+    with pytest.raises(ValueError, match="FSDP is not supported here"):
+        adapter.callback.on_train_begin(hf_arguments(tmp_path), None, None, model=model)
+
+
 def stock_trainer(folder, samples, adapter, model, **options):
     return StockTrainer(
         model,

@@ -13,6 +13,7 @@ from worker_two_processes import sim_trainer
 
 from factories import make_arguments, save_tiny_model, write_shapes
 from sim_hf.data import StepSampler
+from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.training.state_files import load_state
 from sim_hf.training.trainer import Trainer
 
@@ -59,6 +60,13 @@ def alone(folder):
     metrics = trainer.evaluate()
     AcceleratorState._reset_state(True)
     return trainer, metrics
+
+
+@pytest.fixture(scope="module")
+def sharded(folder):
+    """What each of two ranks has after the runs of worker_fsdp.py."""
+    launch_two(HERE / "worker_fsdp.py", folder)
+    return [torch.load(folder / f"fsdp{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def assert_equal_tensors(found, expected):
@@ -138,3 +146,53 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_rank(ran
     for rank in ranks:
         assert "rank 1: loss_projection" in rank["non_finite"]
         assert "nothing was changed" in rank["non_finite"]
+
+
+def assert_same_run(found, expected):
+    """Up to the order in which numbers are summed."""
+    torch.testing.assert_close(found["state"]["model"], expected["state"]["model"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["teacher"], expected["teacher"], rtol=0, atol=1e-5)
+    moments, expected_moments = found["state"]["optimizer"], expected["state"]["optimizer"]
+    torch.testing.assert_close(moments["state"], expected_moments["state"], rtol=1e-4, atol=1e-6)
+    assert moments["param_groups"] == expected_moments["param_groups"]
+    assert found["metrics"] == expected["metrics"]
+    for line, single in zip(found["history"], expected["history"], strict=True):
+        for name in ("loss", "gradient_norm", "loss_projection", "loss_cross_entropy", "loss_pseudo_mask"):
+            assert line[name] == pytest.approx(single[name], rel=1e-4), name
+
+
+def test_fsdp_trains_as_ddp(sharded):
+    """A SIM run with moving batch statistics and two micro-batches a step; weights, optimiser and teacher come back whole."""
+    assert_same_run(sharded[0]["sharded"], sharded[0]["ddp"])
+
+
+def test_fsdp_goes_on_from_a_checkpoint_bit_for_bit(sharded):
+    for rank in sharded:
+        assert_equal_tensors(rank["parts"]["teacher"], rank["sharded"]["teacher"])
+    parts, unbroken = sharded[0]["parts"], sharded[0]["sharded"]
+    assert_equal_tensors(parts["state"]["model"], unbroken["state"]["model"])
+    for index, moments in unbroken["state"]["optimizer"]["state"].items():
+        assert_equal_tensors(parts["state"]["optimizer"]["state"][index], moments)
+    assert parts["history"] == unbroken["history"]
+
+
+def test_fsdp_exports_the_whole_student_or_teacher(sharded, folder):
+    for run, weights in (("sharded", sharded[0]["sharded"]["teacher"]), ("swin", sharded[0]["swin"]["state"]["model"])):
+        exported = SIMForInstanceSegmentation.from_pretrained(folder / f"fsdp_{run}" / "model").state_dict()
+        prefix = "model." if run == "sharded" else ""
+        assert_equal_tensors(exported, {name: weights[prefix + name] for name in exported})
+
+
+def test_fsdp_with_activation_checkpointing_trains_as_ddp(sharded):
+    assert_same_run(sharded[0]["swin"], sharded[0]["swin_ddp"])
+
+
+def test_fsdp_in_bf16_has_the_losses_of_ddp(sharded):
+    runs = (sharded[0][name]["history"] for name in ("bf16", "bf16_ddp"))
+    for line, expected in zip(*runs, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_fsdp_gives_both_ranks_the_same_teacher(sharded):
+    for run in ("sharded", "swin", "bf16"):
+        assert_equal_tensors(sharded[1][run]["teacher"], sharded[0][run]["teacher"])

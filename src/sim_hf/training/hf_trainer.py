@@ -28,6 +28,7 @@ from sim_hf.training.checkpoint import verify, write_manifest
 from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.loaders import epoch_loader
 from sim_hf.training.optimizer import build_optimizer
+from sim_hf.training.sharding import refuse_fsdp
 from sim_hf.training.state_files import CheckpointError, load_state, save_state
 from sim_hf.training.step import StepInputs
 from sim_hf.training.teacher import EMATeacher
@@ -78,6 +79,7 @@ class SIMTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process; start one process for each (torchrun or accelerate launch), "
                 "or show one with CUDA_VISIBLE_DEVICES=0"
             )
+        refuse_fsdp(args)
         super().__init__(
             model=model,
             args=args,

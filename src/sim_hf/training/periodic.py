@@ -23,7 +23,8 @@ def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
     if trainer.data.val is None:
         return {}
     pictures: list[list] = []
-    names = names_of(trainer.exported)
+    network = trainer.exported
+    names = names_of(network)
     accelerator = trainer.accelerator
 
     def keep_picture(row, picture, result) -> None:
@@ -31,7 +32,7 @@ def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
             pictures.append([given_boxes(picture, row, trainer.data.val), draw_confident(picture, result, names)])
 
     metrics, evaluator = evaluate_model(
-        trainer.exported,
+        network,
         trainer.processor,
         trainer.data.val,
         trainer.data.ground_truth,
@@ -48,7 +49,7 @@ def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
             trainer.say(evaluator.note)
         extra = {"step": step, "seed": trainer.run.seed, "supervision": trainer.supervision.supervision, "note": evaluator.note}
         write_results(trainer.output_dir / "results.json", metrics, extra=extra)
-        rows = pictures + pseudo_mask_rows(trainer)
+        rows = pictures + pseudo_mask_rows(trainer, names)
         path = trainer.output_dir / "pictures" / f"step-{step:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, titles=["given boxes", "prediction"]).save(path, quality=90)
@@ -71,13 +72,12 @@ def draw_confident(picture, result: dict, names: dict[int, str]):
     return draw_instances(picture, {name: value[sure] for name, value in result.items()}, names, side=PICTURE_SIDE)
 
 
-def pseudo_mask_rows(trainer) -> list[list]:
+def pseudo_mask_rows(trainer, names: dict[int, str]) -> list[list]:
     """Training images with the pseudo masks of the last step, where the supervision makes any."""
     seen = trainer.last_seen
     if seen is None:
         return []
     inputs, pseudo = seen
-    names = names_of(trainer.exported)
     rows = []
     for image in range(min(2, inputs.targets.num_images)):
         mine = inputs.targets.image_ids_G == image
@@ -101,8 +101,9 @@ def pseudo_mask_rows(trainer) -> list[list]:
 def export_model(trainer, folder: str = "model") -> Path:
     """The inference folder (config, safetensors, preprocessor), replaced in one move -> its path."""
     target = trainer.output_dir / folder
+    network = trainer.exported
     if trainer.accelerator.is_main_process:
-        save_model_folder(trainer.exported, trainer.processor, target)
+        save_model_folder(network, trainer.processor, target)
     trainer.accelerator.wait_for_everyone()
     return target
 

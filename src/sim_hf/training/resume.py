@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sim_hf.training.checkpoint import CheckpointError, CheckpointManager
+from sim_hf.training.sharding import gathered, load_network, load_optimizer
 from sim_hf.training.state_files import load_state, save_state
 
 # Options that may change between the parts of one run: they do not touch what is computed.
@@ -44,10 +45,11 @@ class Resumer:
         """Write the checkpoint of this step (all ranks call this)."""
         trainer = self.trainer
         accelerator = trainer.accelerator
+        state = self._state()  # gathered before `write`, which the other ranks reach even when the main one fails
 
         def write(folder: Path) -> None:
             if accelerator.is_main_process:
-                save_state(folder / "training", self._state())
+                save_state(folder / "training", state)
             save_state(folder / f"rank{accelerator.process_index}", random_state())
 
         best = trainer.best["step"]
@@ -103,10 +105,10 @@ class Resumer:
 
     def _state(self) -> dict:
         trainer = self.trainer
-        scaler = trainer.accelerator.scaler
+        scaler, is_main = trainer.accelerator.scaler, trainer.accelerator.is_main_process
         return {
-            "model": dict(trainer.student.state_dict()),
-            "optimizer": trainer.optimizer.state_dict(),
+            "model": gathered(dict(trainer.student.state_dict()), keep=is_main),
+            "optimizer": gathered(trainer.optimizer.state_dict(), keep=is_main),
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "step": trainer.step.training_state(),
@@ -115,8 +117,8 @@ class Resumer:
 
     def _load(self, state: dict) -> None:
         trainer = self.trainer
-        trainer.student.load_state_dict(state["model"], strict=True)
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        load_network(trainer.student, state["model"])
+        load_optimizer(trainer.optimizer, state["optimizer"])
         trainer.scheduler.load_state_dict(state["scheduler"])
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(state["scaler"])

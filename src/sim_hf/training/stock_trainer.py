@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainingArguments
 
+from sim_hf.training.sharding import refuse_fsdp
 from sim_hf.training.state_files import load_state, save_state
 from sim_hf.training.step import StepInputs, TrainingStep
 
@@ -109,6 +110,7 @@ class _AdapterCallback(TrainerCallback):
         self.adapter = adapter
 
     def on_train_begin(self, args, state, control, *, model, **kwargs) -> None:
+        refuse_fsdp(args)
         self.adapter.arguments = args
         self.adapter.restore(model)
 

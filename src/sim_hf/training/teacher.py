@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sim_hf.training.sharding import whole
+
 PAPER_MOMENTUM = 0.9999
 PAPER_HORIZON_FRACTION = 1 / 9  # 0.9999 remembers 10k steps, of the paper's 90k
 _NUM_TICKS = "num_ticks"
@@ -79,7 +81,7 @@ class EMATeacher:
         averaged: list[Tensor] = []
         targets: list[Tensor] = []
         for name, tensor in mine.items():
-            other = theirs[name].detach()
+            other = whole(theirs[name].detach())
             if tensor.is_floating_point():
                 averaged.append(tensor)
                 targets.append(other.to(device=tensor.device, dtype=tensor.dtype))

@@ -26,6 +26,7 @@ from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
+from sim_hf.training.sharding import fsdp_plugin, whole, whole_network
 from sim_hf.training.step import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,17 @@ class Trainer:
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         self.output_dir = Path(run.output_dir)
+        plugin = fsdp_plugin()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=precision_of(run.mixed_precision),
             log_with=[name for name in run.report_to if name != "none"] or None,
             project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            fsdp_plugin=plugin,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if plugin is not None and not self.accelerator.is_fsdp2:
+            self.say("warning: Accelerate starts FSDP only with several processes on GPUs; this run goes on without it")
         set_seed(run.seed)
         self.with_masks = self.supervision.supervision == "full" or self.data_arguments.use_masks
         with self.accelerator.main_process_first():
@@ -105,11 +110,10 @@ class Trainer:
 
     @property
     def exported(self) -> torch.nn.Module:
-        """The network that is evaluated and exported."""
-        if self.run.export == "student":
-            return self.student
+        """The network that is evaluated and exported, whole (all ranks ask for it: a sharded student is gathered)."""
         assert self.step.teacher is not None  # build_step makes one
-        return self.step.teacher.model
+        teacher = self.step.teacher.model
+        return whole_network(self.student, like=teacher) if self.run.export == "student" else teacher
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -169,7 +173,7 @@ class Trainer:
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
-        gradient_norm = float(cast(torch.Tensor, norm))  # accelerate's None is for DeepSpeed engines
+        gradient_norm = float(whole(cast(torch.Tensor, norm)))  # accelerate's None is for DeepSpeed engines
         losses = sum_over_ranks(sums, self.accelerator)
         record = {"loss": sum(losses.values()), **losses, "gradient_norm": gradient_norm}
         step = self.step.global_step

@@ -63,6 +63,9 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
     # The class weights of a stock checkpoint's loss; our weights hold inference only.
     _keys_to_ignore_on_load_unexpected = [r"criterion\..*"]  # noqa: RUF012
 
+    def get_input_embeddings(self) -> None:
+        """Pixels have none. Accelerate asks when it shards a network (FSDP), and transformers raises for networks of images."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
