@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # docs/architecture.md, the lowest layer first. What stands on one line may not import each other, except where SIBLINGS says so.
 # visualization draws arrays and imports nothing of the package, so training may draw its validation pictures.
 LAYERS = [
-    {"structures"},
+    {"processes", "structures"},
     {"losses", "mask_generation", "data"},
     {"criteria", "evaluation", "models", "visualization"},
     {"training"},

@@ -26,6 +26,7 @@ from sim_hf.data.polygons import mask_polygons
 from sim_hf.evaluation.prediction import evaluating, names_of
 from sim_hf.labeling import LabelOptions, masks_for_boxes
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.processes import process_state
 from sim_hf.visualization import draw_instances
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class LabelJob:
 def label_file(job: LabelJob) -> dict[str, Any]:
     """Label the file -> a summary: number of boxes, mean confidence and, where the file had real masks, the mean IoU of the
     new masks and of the filled boxes with them."""
-    state = PartialState()
+    state = process_state()
     if job.output.resolve() == job.annotations.resolve():
         raise ValueError(f"--output {job.output} is the input file; choose another name, the boxes' file stays untouched")
     report = validate_coco(job.annotations, job.images, box_format=job.box_format)

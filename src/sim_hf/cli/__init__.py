@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from transformers.utils import logging as from_transformers
 
 import sim_hf
+from sim_hf.processes import leave_process_group
 
 COMMANDS = {
     "check": "find every fault of a COCO file and its images",
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: a command loads what it needs and no more.
     module = importlib.import_module(f"sim_hf.cli.{command}")
     try:
-        return int(module.main(rest) or 0)
+        code = int(module.main(rest) or 0)
+        leave_process_group()
+        return code
     except KeyboardInterrupt:
         print("sim-hf: interrupted", file=sys.stderr)
         return 130

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from sim_hf.data import load_coco
 from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.processes import process_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first N images")
     parser.add_argument("--box-format", choices=("xywh", "xyxy"), default="xywh", help="what bbox holds in the file")
     options = parser.parse_args(argv)
-    state = PartialState()
+    state = process_state()
     rows = load_coco(options.images, options.annotations, box_format=options.box_format)
     model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
     model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -19,6 +18,7 @@ from sim_hf.data import ImageError, read_image
 from sim_hf.evaluation import to_coco_results
 from sim_hf.evaluation.prediction import evaluating, names_of, predict_images
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.processes import process_state
 from sim_hf.visualization import draw_instances
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-overlays", action="store_true", help="write predictions.json only")
     options = parser.parse_args(argv)
     pictures = list(_pictures(options.images))
-    state = PartialState()
+    state = process_state()
     model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
     model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
     processor = SIMImageProcessor.from_pretrained(options.model)
