@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from synthetic_outputs import NUM_CLASSES, make_targets
+from synthetic_outputs import GRID, NUM_CLASSES, make_targets
 
+from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.criteria.matcher import HungarianMatcher
 
 BOX = [0.0, 0.0, 8.0, 8.0]
@@ -70,6 +71,16 @@ def test_every_layer_is_matched_for_itself():
     layers = [layer_with_costs([[0.0], [1.0]]), layer_with_costs([[1.0], [0.0]])]
     matches = HungarianMatcher(CostsFromPixels())(layers, instances(1), global_step=0)
     assert [m.queries_N.tolist() for m in matches] == [[0], [1]]
+
+
+def test_layers_matched_together_take_the_pairs_that_they_take_alone():
+    criterion = BoxInstCriterion()
+    targets = make_targets([[0, 0, 8, 8], [4, 4, 16, 12], [2, 0, 9, 16]], [0, 1, 1], [0, 0, 1], num_images=2)
+    layers = [(torch.randn(2, 6, NUM_CLASSES + 1), 4 * torch.randn(2, 6, *GRID)) for _ in range(4)]
+    together = HungarianMatcher(criterion)(layers, targets, global_step=0)
+    for layer, matches in zip(layers, together, strict=True):
+        (alone,) = HungarianMatcher(criterion)([layer], targets, global_step=0)
+        assert matched_pairs(matches) == matched_pairs(alone)
 
 
 def test_an_image_without_instances_matches_nothing():

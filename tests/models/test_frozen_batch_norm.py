@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from sim_hf.models.sim.backbone_config import resolve_backbone_config
-from sim_hf.models.sim.frozen_batch_norm import FoldingConv2d, fold_batch_norms
+from sim_hf.models.sim.frozen_batch_norm import FoldingConv2d, _ReLU6, fold_batch_norms
 
 PAIRS = {"timm:mobilenetv2_100": 51, "timm:resnet18": 20, "resnet": 53, "timm:efficientnet_b0": 48}
 
@@ -40,6 +40,15 @@ def test_folded_backbone_has_the_same_maps_and_gradients(name):
     assert fold_batch_norms(folded) == PAIRS[name]
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     torch.testing.assert_close(maps_and_gradients(folded, images), maps_and_gradients(plain, images))
+
+
+def test_relu6_in_place_has_the_value_and_gradient_of_the_plain_one_also_at_its_corners():
+    x = torch.tensor([-1.0, 0.0, 0.5, 6.0, 7.0, float("nan")], requires_grad=True)
+    results = []
+    for activation in (nn.ReLU6(), _ReLU6.apply):
+        value = activation(x * 1)
+        results.append((value.detach(), *torch.autograd.grad(value, x, torch.full_like(x, 3))))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 def test_names_of_the_weights_stay():

@@ -1,5 +1,8 @@
 """The functions that replace stock ones, against those."""
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -11,9 +14,15 @@ from transformers.models.mask2former.modeling_mask2former import (
     multi_scale_deformable_attention as stock_deformable_attention,
 )
 
-from sim_hf.models.sim.deformable_attention import _bag_products, _row_products, multi_scale_deformable_attention
+from sim_hf.models.sim import masked_attention
+from sim_hf.models.sim.deformable_attention import (
+    _bag_products,
+    _row_products,
+    _softmax,
+    multi_scale_deformable_attention,
+)
 from sim_hf.models.sim.masked_attention import MaskedCrossAttention
-from sim_hf.models.sim.padding import clear_padding, downsample_valid, sine_position_embedding
+from sim_hf.models.sim.padding import PADDING_LOGIT, clear_padding, downsample_valid, sine_position_embedding
 from sim_hf.models.sim.pixel_decoder import _cell_centres
 
 
@@ -114,6 +123,57 @@ def test_padding_logits_are_safe_in_half_precision():
     valid[:, :16] = True
     cleared = clear_padding(logits, valid)
     assert cleared.sum().isfinite() and cleared.sigmoid()[:, :, 4:].max() == 0 and (cleared[:, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("num_points", [12, 16, 5])
+def test_softmax_over_the_points_is_the_plain_one_with_its_gradient(num_points):
+    logits = (3 * torch.randn(2, 5, 4, num_points)).requires_grad_()
+    direction = torch.randn_like(logits)
+    results = [(value, torch.autograd.grad(value, logits, direction)[0]) for value in (_softmax(logits), logits.softmax(-1))]
+    torch.testing.assert_close(*results)
+
+
+def test_cells_of_an_even_grid_are_those_of_nearest_sampling():
+    valid = torch.rand(2, 96, 64) > 0.5
+    for size in ((3, 2), (24, 16), (5, 7)):
+        plain = nn.functional.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
+        assert downsample_valid(valid, size).equal(plain)
+
+
+def test_clearing_the_padding_copies_logits_that_have_a_gradient_only():
+    valid = torch.zeros(1, 8, 8, dtype=torch.bool)
+    logits = torch.ones(1, 1, 4, 4, requires_grad=True)
+    cleared = clear_padding(logits, valid)
+    assert (cleared == PADDING_LOGIT).all() and (logits == 1).all()
+    plain = logits.detach().clone()
+    assert clear_padding(plain, valid) is plain and plain.equal(cleared)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_in_bfloat16_is_as_near_to_float32_as_the_fused_one(autocast):
+    ours = MaskedCrossAttention(32, 4)
+    query, key, value = (torch.randn(length, 2, 32).bfloat16() for length in (5, 200, 200))
+    allowed = torch.rand(2, 1, 5, 200) > 0.5
+    allowed[..., 0] = True
+
+    def value_and_gradients(dtype, attend=None):
+        network = copy.deepcopy(ours) if autocast else copy.deepcopy(ours).to(dtype)
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16),
+            mock.patch.object(masked_attention, "_attention_by_products", attend or masked_attention._attention_by_products),
+        ):
+            result = network(*inputs, allowed)[0]
+        result.float().square().sum().backward()
+        return [result.detach(), *(x.grad for x in (*inputs, *network.parameters()))]
+
+    exact = value_and_gradients(torch.float32)
+    products = value_and_gradients(torch.bfloat16)
+    fused = value_and_gradients(torch.bfloat16, nn.functional.scaled_dot_product_attention)
+    for mine, theirs, right in zip(products, fused, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        error, usual = (mine - right).norm(), (theirs - right).norm()
+        assert error <= 1.5 * usual + 1e-3 * right.norm()
 
 
 def test_masked_cross_attention_equals_multihead_attention():

@@ -62,13 +62,11 @@ class HungarianMatcher:
         return [Matches(*torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)) for pairs in pairs_of_layer]
 
     def _costs(self, layers_of_image: Sequence[tuple[Tensor, Tensor]], targets: InstanceTargets, global_step: int) -> Tensor:
-        """Costs of one image in every layer -> (layers, Q, G), float32."""
-        costs = []
-        for class_logits_QK, mask_logits_QHW in layers_of_image:
-            probability_QG = class_logits_QK.float().softmax(-1)[:, targets.class_labels_G]
-            mask_QG = self.mask_criterion.matching_cost(mask_logits_QHW, targets, global_step=global_step)
-            costs.append(self.class_cost * (1 - probability_QG) + self.mask_cost * mask_QG.float())
-        return torch.stack(costs)
+        """Costs of one image in every layer -> (layers, Q, G), float32. A cost is a query's own, so all layers are one call."""
+        class_logits_LQK, mask_logits_LQHW = (torch.stack(parts) for parts in zip(*layers_of_image, strict=True))
+        probability_LQG = class_logits_LQK.float().softmax(-1)[..., targets.class_labels_G]
+        mask_cost = self.mask_criterion.matching_cost(mask_logits_LQHW.flatten(0, 1), targets, global_step=global_step)
+        return self.class_cost * (1 - probability_LQG) + self.mask_cost * mask_cost.float().view_as(probability_LQG)
 
 
 def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:

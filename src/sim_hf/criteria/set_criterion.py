@@ -148,7 +148,7 @@ class SetCriterion(nn.Module):
         chosen = [*self.matcher(layers, targets, global_step=global_step), *(_asked(layer, targets) for layer in prompts)]
         return _joined(
             [
-                _positives(layer, rows, targets, output.mask_features.float())
+                _positives(layer, rows, targets, output.mask_features)
                 for layer, rows in zip([*layers, *prompts], chosen, strict=True)
             ]
         )

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any, TypeGuard, cast
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,9 +58,31 @@ class FoldingBatchNormAct2d(BatchNormAct2d):
     """timm's norm with an activation, which has only the activation left while it is frozen."""
 
     convolution: nn.Conv2d
+    act: nn.Module
+    drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(x)) if _is_folded(self.convolution, self) else super().forward(x)
+        if not _is_folded(self.convolution, cast(nn.BatchNorm2d, self)):  # what timm's decorator hides from type checkers
+            return super().forward(x)
+        x = self.drop(x)
+        return _ReLU6.apply(x) if type(self.act) is nn.ReLU6 and x.requires_grad else self.act(x)
+
+
+class _ReLU6(torch.autograd.Function):
+    """nn.ReLU6 in the place of its input. Its slope is read from the output, which the next convolution keeps anyway; torch's
+    own keeps a copy of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clamp_(0, 6))
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, output, 0.0, 6.0)
 
 
 _FOLDING_NORMS: dict[type, type] = {nn.BatchNorm2d: FoldingBatchNorm2d, BatchNormAct2d: FoldingBatchNormAct2d}
@@ -92,19 +116,23 @@ def _pairs(backbone: nn.Module) -> list[tuple[str, str]]:
     reads = _Reads()
     outputs: list[tuple[str, Tensor]] = []
     inputs: dict[int, str] = {}
-    for name, module in skeleton.named_modules():
+
+    def watch(name: str, module: nn.Module) -> None:
         if type(module) is nn.Conv2d:
-            module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))
+            module.register_forward_hook(lambda _, __, output: outputs.append((name, cast(Tensor, output))))
         elif _is_foldable(module):
-            module.register_forward_pre_hook(lambda _, given, name=name: inputs.update({id(given[0]): name}))
+            module.register_forward_pre_hook(lambda _, given: inputs.update({id(given[0]): name}))
+
+    for name, module in skeleton.named_modules():
+        watch(name, module)
     with reads:
         skeleton(torch.zeros(1, 3, 256, 256, device="meta"))
     count = Counter(map(id, reads.tensors))  # all of them are alive, so an id is one tensor's
     return [(name, inputs[id(x)]) for name, x in outputs if id(x) in inputs and count[id(x)] == 1]
 
 
-def _is_foldable(module: nn.Module) -> bool:
-    return type(module) in _FOLDING_NORMS and module.affine and module.track_running_stats
+def _is_foldable(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return type(module) in _FOLDING_NORMS and bool(module.affine) and bool(module.track_running_stats)
 
 
 class _Reads(TorchDispatchMode):

@@ -212,15 +212,15 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
     def _predictions(self, states_TBC: Tensor, mask_logits_BTHW: Tensor) -> dict[str, Tensor]:
         """Classes and masks of one decoder prediction; the learned queries come first, then the prompts."""
         class_logits_BTK = self.class_predictor(states_TBC.transpose(0, 1))
-        learned, prompted = slice(self.config.num_queries), slice(self.config.num_queries, None)
-        predictions = {
-            "class_queries_logits": class_logits_BTK[:, learned],
-            "masks_queries_logits": mask_logits_BTHW[:, learned],
+        num_queries, num_prompts = self.config.num_queries, mask_logits_BTHW.shape[1] - self.config.num_queries
+        if num_prompts == 0:
+            return {"class_queries_logits": class_logits_BTK, "masks_queries_logits": mask_logits_BTHW}
+        kinds = ("class_queries_logits", "class_prompts_logits"), ("masks_queries_logits", "masks_prompts_logits")
+        return {
+            name: part
+            for names, logits in zip(kinds, (class_logits_BTK, mask_logits_BTHW), strict=True)
+            for name, part in zip(names, logits.split([num_queries, num_prompts], 1), strict=True)
         }
-        if mask_logits_BTHW.shape[1] > self.config.num_queries:
-            predictions["class_prompts_logits"] = class_logits_BTK[:, prompted]
-            predictions["masks_prompts_logits"] = mask_logits_BTHW[:, prompted]
-        return predictions
 
 
 def _valid_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor | None:

@@ -22,6 +22,9 @@ def downsample_valid(valid_BHW: Tensor, size: tuple[int, int]) -> Tensor:
     Nearest sampling reads each cell's first pixel, so with padding at the bottom and the right a cell counts as soon as
     it holds one image pixel.
     """
+    (height, width), (rows, columns) = valid_BHW.shape[1:], size
+    if height % rows == 0 and width % columns == 0:
+        return valid_BHW[:, :: height // rows, :: width // columns] != 0
     return nn.functional.interpolate(valid_BHW[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
 
 
@@ -48,11 +51,12 @@ def sine_waves(angle: Tensor, num_channels: int) -> Tensor:
     """Sines and cosines in turn of angles (any shape), over geometric wavelengths -> (..., num_channels)."""
     channels = torch.arange(num_channels, device=angle.device)
     wavelengths = _TEMPERATURE ** (2 * torch.div(channels, 2, rounding_mode="floor").float() / num_channels)
-    scaled = angle[..., None] / wavelengths
-    return torch.stack((scaled[..., 0::2].sin(), scaled[..., 1::2].cos()), dim=-1).flatten(-2)
+    # A cosine is a sine a quarter of a turn on: no interleaving of two tensors, which takes longer than the functions.
+    return (angle[..., None] / wavelengths).add_(channels % 2 * (math.pi / 2)).sin_()
 
 
 def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
-    """Mask logits with no mask in the padding -> (B, Q, h, w)."""
+    """Mask logits with no mask in the padding -> (B, Q, h, w); in their place when nothing will be differentiated."""
     valid_BhW = downsample_valid(valid_BHW, (mask_logits_BQHW.shape[2], mask_logits_BQHW.shape[3]))
-    return mask_logits_BQHW.masked_fill(~valid_BhW[:, None], PADDING_LOGIT)
+    fill = mask_logits_BQHW.masked_fill if mask_logits_BQHW.requires_grad else mask_logits_BQHW.masked_fill_
+    return fill(~valid_BhW[:, None], PADDING_LOGIT)
