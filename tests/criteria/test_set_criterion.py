@@ -246,7 +246,7 @@ def test_class_loss_of_prompts_equals_a_slow_loop():
             logits = layer["class_prompts_logits"][image, prompt].tolist()
             total += math.log(sum(math.exp(x) for x in logits)) - logits[label]
     result = price(criterion, output, targets)
-    assert float(result.losses["loss_prompt_class"]) == pytest.approx(2.0 * total / 3, rel=1e-5)
+    assert float(result.losses["loss_prompt_class"].detach()) == pytest.approx(2.0 * total / 3, rel=1e-5)
     assert "loss_prompt_class" not in price(criterion, make_output(), targets).losses
 
 
