@@ -259,6 +259,15 @@ def test_half_precision_weights_give_the_same_masks_roughly(small_model, dtype):
     assert outputs.masks_queries_logits.isfinite().all() and outputs.class_queries_logits.isfinite().all()
 
 
+def test_double_precision_gives_the_same_masks(small_model):
+    model, images = small_model(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images).masks_queries_logits
+        found = model.double()(images.double()).masks_queries_logits
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_training_under_bfloat16_autocast_gives_finite_gradients(small_model):
     model = small_model("resnet").train()
     pixel_mask = torch.ones(2, 64, 64, dtype=torch.long)

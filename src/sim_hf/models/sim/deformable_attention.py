@@ -211,9 +211,11 @@ def _bag_products(grad_SD: Tensor, table_TD: Tensor, rows_S4K: Tensor) -> Tensor
 
 
 def _softmax(logits_BNAK: Tensor) -> Tensor:
-    """Over K, in float32. On a CPU in whole vectors of 16 numbers: rows of 12, shorter than a vector, take nine times as long."""
+    """Over K, in float32 at least. On a CPU in whole vectors of 16 numbers: rows of 12, shorter than a vector, take nine times
+    as long."""
     missing = -logits_BNAK.shape[-1] % 16 if logits_BNAK.device.type == "cpu" else 0
-    logits_BNAK = nn.functional.pad(logits_BNAK.float(), (0, missing), value=float("-inf"))
+    logits_BNAK = logits_BNAK.to(torch.promote_types(logits_BNAK.dtype, torch.float32))
+    logits_BNAK = nn.functional.pad(logits_BNAK, (0, missing), value=float("-inf"))
     return logits_BNAK.softmax(-1)[..., : logits_BNAK.shape[-1] - missing]
 
 
