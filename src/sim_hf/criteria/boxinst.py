@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sim_hf.criteria.base import grid_stride, known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers
+from sim_hf.criteria.matching_costs import projection_matching_cost
 from sim_hf.losses import (
     box_projections,
     color_similarity,
     pairwise_edges,
     pairwise_loss,
-    projection_cost,
     projection_loss,
 )
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
@@ -52,9 +52,7 @@ class BoxInstCriterion:
 
     def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
         """1 - Dice of the two one-dimensional projections, averaged over the axes -> (Q, G) in 0..1 (Box2Mask's matching)."""
-        height, width = mask_logits_QHW.shape[-2:]
-        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, grid_stride(targets, mask_logits_QHW))
-        return projection_cost(mask_logits_QHW, rows_GH, columns_GW) / 2
+        return projection_matching_cost(mask_logits_QHW, targets)
 
     def __call__(
         self,
