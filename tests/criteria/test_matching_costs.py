@@ -76,3 +76,9 @@ def test_soft_assignment_reaches_the_prototypes():
     for hard in (True, False):
         arguments = SupervisionArguments(hard_assignment=hard)
         assert build_criterion(arguments, tiny_config(), steps=round).mask_criterion.bank.hard_assignment is hard
+
+
+def test_balanced_assignment_reaches_the_prototypes():
+    for balanced in (False, True):
+        arguments = SupervisionArguments(balanced_assignment=balanced)
+        assert build_criterion(arguments, tiny_config(), steps=round).mask_criterion.bank.balanced is balanced

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sim_hf.mask_generation import PrototypeBank
-from sim_hf.mask_generation.prototype_bank import _pixel_keys
+from sim_hf.mask_generation.prototype_bank import _pixel_keys, nearest_shares
 
 
 def clustered_pixels(num_pixels, centers_LC, noise=0.05, generator=None):
@@ -262,6 +262,28 @@ def test_soft_assignment_moves_every_prototype():
     bank.commit()
     assert (bank.counts_KL == 1).all()
     torch.testing.assert_close(bank.usage_KL.sum(), torch.tensor(1.0))
+
+
+def test_class_balanced_masses_are_half_the_share_of_nearest_pixels_by_hand():
+    similarity_KML = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.6], [9.0, 0.0]]])
+    valid_KM = torch.tensor([[True, True, True, True, False]])
+    torch.testing.assert_close(nearest_shares(similarity_KML, valid_KM), torch.tensor([[0.625, 0.375]]))  # 3/4 and 1/4
+    torch.testing.assert_close(nearest_shares(similarity_KML, ~valid_KM), torch.tensor([[0.75, 0.25]]))
+
+
+def test_balanced_transport_leaves_the_crowd_together():
+    """Twenty pixels alike and one apart: equal masses send some of the crowd to the other prototype, balanced ones fewer."""
+    directions = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    pixels_MC = torch.cat([directions[:1].repeat(20, 1), directions[1:]])
+    mass = {}
+    for balanced in (False, True):
+        bank = PrototypeBank(1, 2, 2, hard_assignment=False, balanced=balanced)
+        bank.prototypes_KLC.copy_(directions[None])
+        assignment_KML = bank._assign(torch.tensor([0]), pixels_MC[None], torch.ones(1, 21, dtype=torch.bool))
+        mass[balanced] = assignment_KML[0].sum(0)
+    # Three iterations are near the masses: 10.5 each, and half of 20 / 21 + 1 / 2 of all 21.
+    torch.testing.assert_close(mass[False], torch.tensor([10.5, 10.5]), atol=1.5, rtol=0)
+    torch.testing.assert_close(mass[True], torch.tensor([15.25, 5.75]), atol=1.5, rtol=0)
 
 
 def test_diversity_is_the_mean_pairwise_cosine_of_ready_classes():

@@ -62,6 +62,7 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         feature_dim,
         momentum=supervision.prototype_momentum,
         hard_assignment=supervision.hard_assignment,
+        balanced=supervision.balanced_assignment,
     )
     generator = PseudoMaskGenerator(
         bank,

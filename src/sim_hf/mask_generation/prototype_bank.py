@@ -30,6 +30,8 @@ class PrototypeBank(nn.Module):
 
     prototypes_KLC: unit vectors, zeros for a class not seen yet. counts_KL: updates a prototype has had. usage_KL: moving
     average of the share of its class' pixels that a prototype gets.
+    balanced: the transport gives a prototype mass by the share of pixels that are nearest to it, instead of equal mass (see
+    `nearest_shares`).
     """
 
     prototypes_KLC: Tensor
@@ -46,6 +48,7 @@ class PrototypeBank(nn.Module):
         epsilon: float = 0.05,
         num_iterations: int = 3,
         hard_assignment: bool = True,
+        balanced: bool = False,
         max_pixels_per_class: int = 4096,
     ) -> None:
         super().__init__()
@@ -60,6 +63,7 @@ class PrototypeBank(nn.Module):
         self.epsilon = epsilon
         self.num_iterations = num_iterations
         self.hard_assignment = hard_assignment
+        self.balanced = balanced
         self.max_pixels_per_class = max_pixels_per_class
         shape = (num_classes, num_prototypes)
         self.register_buffer("prototypes_KLC", torch.zeros(*shape, feature_dim, dtype=torch.float32))
@@ -141,7 +145,13 @@ class PrototypeBank(nn.Module):
     def _assign(self, classes_K: Tensor, pixels_KMC: Tensor, valid_KM: Tensor) -> Tensor:
         """Optimal-transport assignment of the pixels to the prototypes of their class. -> (K, M, L), 0 for padding"""
         similarity_KML = torch.einsum("kmc,klc->kml", pixels_KMC, self.prototypes_KLC[classes_K])
-        assignment_KML = sinkhorn_assignment(similarity_KML, valid_KM, epsilon=self.epsilon, num_iterations=self.num_iterations)
+        assignment_KML = sinkhorn_assignment(
+            similarity_KML,
+            valid_KM,
+            epsilon=self.epsilon,
+            num_iterations=self.num_iterations,
+            prototype_marginal_KL=nearest_shares(similarity_KML, valid_KM) if self.balanced else None,
+        )
         if not self.hard_assignment:
             return assignment_KML
         # The authors' code draws the hard assignment at random (Gumbel); the arg-max is the paper's, and repeatable.
@@ -201,6 +211,15 @@ class PrototypeBank(nn.Module):
             if moved.dtype != before[name].dtype:
                 self._buffers[name] = before[name].to(moved.device)
         return self
+
+
+def nearest_shares(similarity_KML: Tensor, valid_KM: Tensor) -> Tensor:
+    """Class-balanced masses of the prototypes (after CPSL's class-balanced marginals, arXiv 2203.09744): half by the share of
+    the class' pixels that are nearest to a prototype, half equal, so that none dies out. -> (K, L), rows sum to 1"""
+    num_prototypes = similarity_KML.shape[-1]
+    nearest_KML = nn.functional.one_hot(similarity_KML.argmax(-1), num_prototypes) * valid_KM[..., None]
+    shares_KL = nearest_KML.sum(1) / valid_KM.sum(-1, keepdim=True).clamp(min=1)
+    return (shares_KL + 1.0 / num_prototypes) / 2
 
 
 def _unit_length(pixels_MC: Tensor) -> Tensor:

@@ -120,6 +120,10 @@ class SupervisionArguments:
     hard_assignment: bool = field(
         default=True, metadata={"help": "A pixel moves one prototype (arg-max of the transport) instead of all by its shares."}
     )
+    balanced_assignment: bool = field(
+        default=False,
+        metadata={"help": "Prototypes receive mass by the share of pixels nearest to them (CPSL) instead of equal mass."},
+    )
     temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
     alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
     mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
