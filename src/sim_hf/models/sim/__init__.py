@@ -19,6 +19,7 @@ from .modeling_sim import (
     SIMModel,
     SIMPreTrainedModel,
 )
+from .remote_code import save_with_code
 
 AutoConfig.register(SIMConfig.model_type, SIMConfig)
 AutoModel.register(SIMConfig, SIMModel)
@@ -40,4 +41,5 @@ __all__ = [
     "SIMPreTrainedModel",
     "load_backbone_weights",
     "load_pretrained_for_classes",
+    "save_with_code",
 ]

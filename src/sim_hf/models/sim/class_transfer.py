@@ -42,12 +42,10 @@ def load_pretrained_for_classes(
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
     config = SIMConfig.from_pretrained(path, **{"category_ids": None, **overrides})
-    loaded: Any = SIMForInstanceSegmentation.from_pretrained(
-        path, config=config, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
     adds_prompts = config.box_prompts and not SIMConfig.from_pretrained(path, category_ids=None).box_prompts
-    _require_complete(str(path), model, info, fresh=".box_prompt_encoder." if adds_prompts else None)
+    model: SIMForInstanceSegmentation = SIMForInstanceSegmentation.from_pretrained(
+        path, config=config, dtype=torch.float32, reinitialize=[".box_prompt_encoder."] if adds_prompts else ()
+    )
     old_labels = {name.strip().lower(): label for label, name in (config.id2label or {}).items()}
     old_head = model.class_predictor
     new_head = nn.Linear(old_head.in_features, len(names) + 1)
@@ -68,17 +66,3 @@ def load_pretrained_for_classes(
     model.config.id2label = names
     model.config.label2id = {name: label for label, name in names.items()}
     return model, ClassTransferReport(str(path), tuple(transferred), tuple(fresh))
-
-
-def _require_complete(source: str, model: SIMForInstanceSegmentation, info: Mapping[str, Any], *, fresh: str | None) -> None:
-    problems = {
-        "missing": sorted(name for name in info["missing_keys"] if fresh is None or fresh not in name),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "misshapen": sorted(str(entry) for entry in info["mismatched_keys"]),
-        "not finite": [
-            name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()
-        ],
-    }
-    found = [f"{kind}: {', '.join(names[:8])} ({len(names)})" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{source} is not a complete checkpoint of this model; {'; '.join(found)}")

@@ -3,10 +3,12 @@
 # No `from __future__ import annotations` here: @strict checks the fields' types only where they are not strings.
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import Mask2FormerConfig, PreTrainedConfig
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone_config import resolve_backbone_config
 
@@ -45,6 +47,20 @@ class SIMConfig(Mask2FormerConfig):
         super(Mask2FormerConfig, self).validate_architecture()
         if self.category_ids is not None and len(self.category_ids) != self.num_labels:
             raise ValueError(f"category_ids must name one id per label ({self.num_labels}), got {len(self.category_ids)} ids")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # A stock Mask2Former checkpoint is one of ours; transformers would warn of the other name.
+        if fields.get("model_type") == Mask2FormerConfig.model_type:
+            fields["model_type"] = cls.model_type
+        # A pipeline that came with the weights is for those who have none: for a task that is registered transformers would
+        # still insist on running its code.
+        own = fields.get("custom_pipelines", {})
+        fields["custom_pipelines"] = {task: own[task] for task in own if task not in PIPELINE_REGISTRY.supported_tasks}
+        if not fields["custom_pipelines"]:
+            del fields["custom_pipelines"]
+        return fields, kwargs
 
     @classmethod
     def from_preset(

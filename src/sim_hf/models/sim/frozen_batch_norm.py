@@ -14,11 +14,11 @@ from collections import Counter
 from typing import Any, TypeGuard, cast
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import is_timm_available
 
 from .depthwise_convolution import convolve, has_slow_backward
 
@@ -54,20 +54,6 @@ class FoldingBatchNorm2d(nn.BatchNorm2d):
         return input if _is_folded(self.convolution, self) else super().forward(input)
 
 
-class FoldingBatchNormAct2d(BatchNormAct2d):
-    """timm's norm with an activation, which has only the activation left while it is frozen."""
-
-    convolution: nn.Conv2d
-    act: nn.Module
-    drop: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _is_folded(self.convolution, cast(nn.BatchNorm2d, self)):  # what timm's decorator hides from type checkers
-            return super().forward(x)
-        x = self.drop(x)
-        return _ReLU6.apply(x) if type(self.act) is nn.ReLU6 and x.requires_grad else self.act(x)
-
-
 class _ReLU6(torch.autograd.Function):
     """nn.ReLU6 in the place of its input. Its slope is read from the output, which the next convolution keeps anyway; torch's
     own keeps a copy of the input."""
@@ -85,7 +71,25 @@ class _ReLU6(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, output, 0.0, 6.0)
 
 
-_FOLDING_NORMS: dict[type, type] = {nn.BatchNorm2d: FoldingBatchNorm2d, BatchNormAct2d: FoldingBatchNormAct2d}
+_FOLDING_NORMS: dict[type, type] = {nn.BatchNorm2d: FoldingBatchNorm2d}
+
+if is_timm_available():
+    from timm.layers.norm_act import BatchNormAct2d
+
+    class FoldingBatchNormAct2d(BatchNormAct2d):
+        """timm's norm with an activation, which has only the activation left while it is frozen."""
+
+        convolution: nn.Conv2d
+        act: nn.Module
+        drop: nn.Module
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not _is_folded(self.convolution, cast(nn.BatchNorm2d, self)):  # what timm's decorator hides from type checkers
+                return super().forward(x)
+            x = self.drop(x)
+            return _ReLU6.apply(x) if type(self.act) is nn.ReLU6 and x.requires_grad else self.act(x)
+
+    _FOLDING_NORMS[BatchNormAct2d] = FoldingBatchNormAct2d
 
 
 def fold_batch_norms(backbone: nn.Module) -> int:

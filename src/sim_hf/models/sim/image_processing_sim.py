@@ -21,7 +21,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import ModelOutput
 
-from .instance_postprocessing import ImageGeometry, full_masks, image_instances
+from .instance_postprocessing import ImageGeometry, full_masks, image_instances, label_map
+
+Sizes = Tensor | list[tuple[int, int]]  # (height, width) per image
 
 PRESET_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"longest_edge": 256},
@@ -126,32 +128,46 @@ class SIMImageProcessor(TorchvisionBackend):
     def post_process_instance_segmentation(
         self,
         outputs: ModelOutput,
-        original_sizes: Tensor | list[tuple[int, int]],
-        input_sizes: Tensor | list[tuple[int, int]],
+        original_sizes: Sizes | None = None,
+        input_sizes: Sizes | None = None,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
         max_instances: int = 100,
-    ) -> list[dict[str, Tensor]]:
+        overlap_mask_area_threshold: float = 0.8,
+        target_sizes: Sizes | None = None,
+    ) -> list[dict[str, Any]]:
         """Instances per image, best first: `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy and `masks` (n, H, W) bool.
 
         original_sizes, input_sizes: (height, width) of each image before resizing and before padding, as this processor
         returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former);
         one query may appear for several classes. Masks may overlap; a box is the tight box of its mask. Mask logits are
         resized twice, as by Mask2Former: to the input, of which the image's part is taken, and to the original image.
+
+        As transformers' processors have it: `target_sizes` stands for `original_sizes`, the input sizes then follow from the
+        configured size, and every result also has `segmentation` (H, W) with one instance a pixel, the best (-1: none), and
+        `segments_info`, a record per id of it, without those of whose mask less than `overlap_mask_area_threshold` is seen.
         """
-        results = []
-        sizes = _sizes("original_sizes", original_sizes, len(outputs.masks_queries_logits))
+        originals, inputs = self._geometry(outputs, original_sizes if target_sizes is None else target_sizes, input_sizes)
         options = {"threshold": threshold, "mask_threshold": mask_threshold, "max_instances": max_instances}
-        for size, found in zip(sizes, self.post_process_crops(outputs, sizes, input_sizes, **options), strict=True):
-            results.append({**{name: found[name] for name in ("scores", "labels", "boxes")}, "masks": full_masks(found, size)})
+        results = []
+        for size, found in zip(originals, self.post_process_crops(outputs, originals, inputs, **options), strict=True):
+            segmentation, records = label_map(found, size, overlap_mask_area_threshold)
+            results.append(
+                {
+                    **{name: found[name] for name in ("scores", "labels", "boxes")},
+                    "masks": full_masks(found, size),
+                    "segmentation": segmentation,
+                    "segments_info": records,
+                }
+            )
         return results
 
     @torch.no_grad()
     def post_process_crops(
         self,
         outputs: ModelOutput,
-        original_sizes: Tensor | list[tuple[int, int]],
-        input_sizes: Tensor | list[tuple[int, int]],
+        original_sizes: Sizes,
+        input_sizes: Sizes | None = None,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
         max_instances: int = 100,
@@ -159,8 +175,7 @@ class SIMImageProcessor(TorchvisionBackend):
         """The same instances without a mask of the image's size: instead of `masks`, per instance the mask inside its box,
         `crops` (width, height) bool, column by column, and in `corners` (n, 2) the column and row of its first pixel."""
         class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
-        originals = _sizes("original_sizes", original_sizes, len(mask_logits))
-        inputs = _sizes("input_sizes", input_sizes, len(mask_logits))
+        originals, inputs = self._geometry(outputs, original_sizes, input_sizes)
         return [
             image_instances(
                 class_logits[index].float(),
@@ -172,6 +187,17 @@ class SIMImageProcessor(TorchvisionBackend):
             )
             for index in range(len(mask_logits))
         ]
+
+    def _geometry(
+        self, outputs: ModelOutput, original_sizes: Sizes | None, input_sizes: Sizes | None
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        batch_size = len(outputs.masks_queries_logits)
+        if original_sizes is None:
+            raise ValueError("the (height, width) of each image is needed: give `original_sizes` or `target_sizes`")
+        originals = _sizes("original_sizes", original_sizes, batch_size)
+        if input_sizes is None:
+            return originals, [self.resized_size(*size) if self.do_resize else size for size in originals]
+        return originals, _sizes("input_sizes", input_sizes, batch_size)
 
 
 def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -220,7 +246,7 @@ def _pad(image: Tensor, height: int, width: int) -> Tensor:
     return transforms.pad(image[None], [0, 0, width - image.shape[-1], height - image.shape[-2]])[0]
 
 
-def _sizes(name: str, sizes: Tensor | list[tuple[int, int]], batch_size: int) -> list[tuple[int, int]]:
+def _sizes(name: str, sizes: Sizes, batch_size: int) -> list[tuple[int, int]]:
     rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     pairs = [(int(row[0]), int(row[1])) for row in rows]
     if len(pairs) != batch_size:

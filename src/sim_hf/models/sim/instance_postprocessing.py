@@ -94,6 +94,22 @@ def full_masks(instances: dict[str, Any], size: tuple[int, int]) -> Tensor:
     return masks_NHW
 
 
+def label_map(instances: dict[str, Any], size: tuple[int, int], least_visible: float) -> tuple[Tensor, list[dict[str, Any]]]:
+    """One instance a pixel, as transformers' own processors give them -> ids (H, W) int32 on the CPU, -1 for none, and a record
+    per id. The best instance takes a pixel; one of whose mask less than the share `least_visible` is left over is left out."""
+    ids_HW = torch.full(size, -1, dtype=torch.int32)
+    records: list[dict[str, Any]] = []
+    scores, labels = instances["scores"].tolist(), instances["labels"].tolist()
+    for score, label, crop_ST, (left, top) in zip(scores, labels, instances["crops"], instances["corners"].tolist(), strict=True):
+        there_ST = ids_HW[top : top + crop_ST.shape[1], left : left + crop_ST.shape[0]].T
+        visible_ST = crop_ST & (there_ST < 0)
+        if visible_ST.sum() < least_visible * crop_ST.sum() or not visible_ST.any():
+            continue
+        there_ST[visible_ST] = len(records)
+        records.append({"id": len(records), "label_id": label, "was_fused": False, "score": round(score, 6)})
+    return ids_HW, records
+
+
 _Span = tuple[int, int]  # first, and the one after the last
 
 

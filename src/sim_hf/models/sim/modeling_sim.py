@@ -9,11 +9,15 @@ mask grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerModelOutput,
     Mask2FormerPreTrainedModel,
@@ -25,6 +29,7 @@ from .configuration_sim import SIMConfig
 from .masked_attention import SIMTransformerModule
 from .padding import clear_padding
 from .pixel_decoder import SIMPixelLevelModule
+from .strict_loading import require_complete
 
 
 @dataclass
@@ -63,6 +68,31 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
     # The class weights of a stock checkpoint's loss; our weights hold inference only.
     _keys_to_ignore_on_load_unexpected = [r"criterion\..*"]  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *model_args: Any,
+        reinitialize: Sequence[str] = (),
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `from_pretrained`, strictly: missing, left over, misshapen or non-finite tensors are a ValueError that
+        lists their names.
+
+        A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a SIM or a stock Mask2Former checkpoint.
+        ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
+        reinitialize: parts of names; tensors with one of them may be missing or misshapen, too.
+        """
+        if ignore_mismatched_sizes:
+            reinitialize = (*reinitialize, "class_predictor.")
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        require_complete(str(pretrained_model_name_or_path), model, info, reinitialize=reinitialize)
+        return (model, info) if output_loading_info else model
+
     def get_input_embeddings(self) -> None:
         """Pixels have none. Accelerate asks when it shards a network (FSDP), and transformers raises for networks of images."""
 
@@ -82,6 +112,8 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
 class SIMModel(SIMPreTrainedModel):
     """Backbone, pixel decoder and transformer decoder, without the class head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"criterion\..*", r"class_predictor\..*"]  # noqa: RUF012
+
     def __init__(self, config: SIMConfig) -> None:
         super().__init__(config)
         self.pixel_level_module = SIMPixelLevelModule(config)
@@ -97,11 +129,14 @@ class SIMModel(SIMPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        original_sizes: Tensor | None = None,
+        input_sizes: Tensor | None = None,
     ) -> Mask2FormerModelOutput | tuple:
         """pixel_values: (B, 3, H, W); pixel_mask: (B, H, W), nonzero where there is image.
 
         `masks_queries_logits` holds the last prediction, or all of them with `output_auxiliary_logits`. With `prompt_boxes`
-        (B, P, 4) the prompts are further queries, behind the learned ones.
+        (B, P, 4) the prompts are further queries, behind the learned ones. original_sizes, input_sizes: not read; the image
+        processor gives them for its post-processing, and `model(**inputs)` may pass them on.
         """
         config = self.config
         if output_hidden_states is None:
@@ -164,10 +199,12 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        original_sizes: Tensor | None = None,
+        input_sizes: Tensor | None = None,
     ) -> SIMForInstanceSegmentationOutput | tuple:
         """pixel_values: (B, 3, H, W) normalised; pixel_mask: (B, H, W), nonzero where there is image, None for everywhere.
         prompt_boxes: (B, P, 4), xyxy pixels of the padded input: boxes whose masks are wanted too (any box may fill up an image
-        that has fewer; no prediction depends on another prompt).
+        that has fewer; no prediction depends on another prompt). original_sizes, input_sizes: not read, as in `SIMModel`.
 
         What stands in the padding has no influence. In evaluation mode no mask reaches into it; in training mode its
         logits are left as they are, so their gradient is not cut.
@@ -230,3 +267,7 @@ def _valid_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor | N
     if tuple(pixel_mask.shape) != expected:
         raise ValueError(f"pixel_mask must be (B, H, W) = {expected} like the images, got {tuple(pixel_mask.shape)}")
     return pixel_mask.bool()
+
+
+# By this list of names pipeline("image-segmentation") decides whether to log an error; it does not look at what is registered.
+MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES.setdefault(SIMConfig.model_type, SIMForInstanceSegmentation.__name__)

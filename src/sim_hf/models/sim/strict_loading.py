@@ -1,0 +1,46 @@
+"""A checkpoint is loaded completely or not at all: half-loaded weights predict something, and nobody notices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+_SHOWN = 8
+
+
+def require_complete(source: str, model: nn.Module, info: Mapping[str, Any], *, reinitialize: Iterable[str] = ()) -> None:
+    """Raise a ValueError that lists the keys, if tensors are missing, left over, misshapen or not finite.
+
+    info: what `from_pretrained(..., output_loading_info=True)` says. reinitialize: parts of names; tensors with one of them may
+    be missing or misshapen, they start fresh.
+    """
+
+    def starts_fresh(name: str) -> bool:
+        # Older checkpoints of BatchNorm do not count their batches; nothing here reads the number.
+        return name.endswith("num_batches_tracked") or any(part in name for part in reinitialize)
+
+    problems = {
+        "missing": sorted(name for name in info["missing_keys"] if not starts_fresh(name)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "misshapen": sorted(
+            f"{name} {tuple(came)} instead of {tuple(wanted)}"
+            for name, came, wanted in info["mismatched_keys"]
+            if not starts_fresh(name)
+        ),
+        "not finite": [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)],
+    }
+    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{source} is not a complete checkpoint of {type(model).__name__}; {'; '.join(found)}")
+
+
+def _is_finite(tensor: Any) -> bool:
+    """Weights that a device map left on the disk are not read for this."""
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more + f" ({len(names)})"
