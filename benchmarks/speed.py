@@ -68,7 +68,7 @@ def circumstances() -> str:
     """Machine, versions and commit in two lines."""
     hardware, git, versions = machine(), git_state(), package_versions()
     changed = " and uncommitted changes" if git["dirty"] else ""
-    names = ("python", "torch", "transformers", "pycocotools", "faster_coco_eval")
+    names = ("python", "torch", "transformers", "pycocotools")
     return (
         f"{hardware['cpu']}, {hardware['cpu_count']} cores, {hardware['threads']} threads; commit {git['commit'][:12]}{changed}\n"
         + ", ".join(f"{name} {versions[name]}" for name in names)

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sim_hf.evaluation import CocoEvaluator, coco_backend, coco_ground_truth, from_coco_results, to_coco_results
+from sim_hf.evaluation import CocoEvaluator, coco_ground_truth, from_coco_results, to_coco_results
 
 CATEGORY_IDS = [7, 3, 90]
 NUM_CASES = 50
@@ -128,11 +128,10 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(NUM_CASES))
-def test_numbers_equal_pycocotools_and_the_second_implementation(seed, monkeypatch):
+def test_numbers_equal_pycocotools_and_the_second_implementation(seed):
     ground_truth, results = random_case(seed)
     metrics = evaluate(ground_truth, results)
-    monkeypatch.setattr(coco_backend, "default_backend", lambda: "pycocotools")
-    by_reference = evaluate(ground_truth, results)
+    by_reference = evaluate(ground_truth, results, backend="pycocotools")
     for iou_type in ("segm", "bbox"):
         ours = {name: metrics[f"{iou_type}/{name}"] for name in STATS}
         second = mini(ground_truth, results, iou_type)

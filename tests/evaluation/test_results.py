@@ -24,7 +24,7 @@ def test_metrics_seed_versions_and_machine_are_written(tmp_path):
     assert {key: record[key] for key in METRICS} == METRICS and (record["seed"], record["note"]) == (3, "äöü")
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
     packages = {"python", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "pycocotools"}
-    assert set(record["versions"]) == packages | {"faster_coco_eval", "sim_hf"}
+    assert set(record["versions"]) == packages | {"sim_hf"}
     assert set(record["machine"]) == {"platform", "cpu", "cpu_count", "threads", "gpus"}
     assert record["time"].endswith("+00:00") and set(record["git"]) == {"commit", "dirty"}
 

@@ -82,6 +82,17 @@ def encode_crop(crop_ST: np.ndarray, left: int, top: int, size: tuple[int, int])
     return {"size": [int(side) for side in size], "counts": run_lengths["counts"].decode("ascii")}
 
 
+def rle_areas(rles: Sequence[Any]) -> np.ndarray:
+    """Numbers of pixels (n,), float64. pycocotools writes their count into 8 bits: more than 255 at once are an error."""
+    parts = [coco_mask.area(list(rles[start : start + 255])) for start in range(0, len(rles), 255)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def rle_boxes(rles: Sequence[Any]) -> np.ndarray:
+    """The tight boxes (n, 4) xywh, float64; of an empty mask all 0."""
+    return np.asarray(coco_mask.toBbox(list(rles)), dtype=np.float64).reshape(-1, 4)
+
+
 def _are_canonical(rles: Sequence[Any]) -> bool:
     """Whether all are as `encode_rle` writes them. All at once: numpy's calls cost more than what they do for one."""
     for rle in rles:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from pycocotools import mask as coco_mask
 
-from sim_hf.evaluation.coco_backend import IouType, collector_paused, precision_and_recall
-from sim_hf.evaluation.coco_results import NO_CATEGORY, ImagePredictions
+from sim_hf.evaluation.coco_backend import Backend, collector_paused, precision_and_recall
+from sim_hf.evaluation.coco_matching import IouType
+from sim_hf.evaluation.coco_results import NO_CATEGORY, ImagePredictions, joined
 from sim_hf.evaluation.ground_truth import as_id, coco_ground_truth
 
 AREAS = ("all", "small", "medium", "large")  # pycocotools' order
@@ -28,6 +28,7 @@ class CocoEvaluator:
     ground_truth: anything `coco_ground_truth` takes. category_ids: label -> original category id
     (NO_CATEGORY: the data set has none for it). max_detections: AP and the
     AR of the area ranges are at the last. only_seen: evaluate the images that were given to `update`, instead of all.
+    backend: "pycocotools" has the numbers computed by the reference, which are the same, in many times the time.
 
     Every category of the ground truth counts, as in COCO's own evaluation: one the model cannot predict has AP 0. Box AP is
     that of the predicted masks' own boxes, where there are masks.
@@ -40,6 +41,7 @@ class CocoEvaluator:
         *,
         max_detections: Sequence[int] = (1, 10, 100),
         only_seen: bool = False,
+        backend: Backend = "numpy",
     ) -> None:
         is_clean = isinstance(ground_truth, Mapping) and "has_masks" in ground_truth
         self.ground_truth = ground_truth if is_clean else coco_ground_truth(ground_truth)
@@ -48,6 +50,7 @@ class CocoEvaluator:
         if not self.max_detections or self.max_detections[0] < 1:
             raise ValueError(f"max_detections must be positive counts, got {tuple(max_detections)}")
         self.only_seen = only_seen
+        self.backend: Backend = backend
         self._image_sizes = {image["id"]: (image["height"], image["width"]) for image in self.ground_truth["images"]}
         self._predictions_by_image: dict[int, ImagePredictions] = {}
         self._is_synchronized = False
@@ -111,29 +114,24 @@ class CocoEvaluator:
         if _world_size() > 1 and not self._is_synchronized:
             raise RuntimeError("compute() before synchronize() would count only this rank's images")
         metrics: dict[str, float | None] = {}
-        with collector_paused():
-            for iou_type in IOU_TYPES:
-                is_measurable = self._evaluated_image_ids() and not (iou_type == "segm" and self._mask_note())
-                evaluation = self._evaluate(iou_type) if is_measurable else None
-                values = self._summarize(evaluation, per_class)
-                metrics |= {f"{iou_type}/{key}": value for key, value in values.items()}
+        for iou_type in IOU_TYPES:
+            is_measurable = self._evaluated_image_ids() and not (iou_type == "segm" and self._mask_note())
+            evaluation = self._evaluate(iou_type) if is_measurable else None
+            values = self._summarize(evaluation, per_class)
+            metrics |= {f"{iou_type}/{key}": value for key, value in values.items()}
         return metrics
 
     def _evaluated_image_ids(self) -> list[int]:
         return sorted(self._predictions_by_image) if self.only_seen else sorted(self._image_sizes)
 
     def _evaluate(self, iou_type: IouType) -> tuple[np.ndarray, np.ndarray]:
-        predictions = [
-            # loadRes would take the box area for both, as soon as a result has a box: other numbers for AP_small etc.
-            {**result, "area": _area(result, iou_type), "id": number, "iscrowd": 0}
-            for number, result in enumerate(self.coco_results(), start=1)
-        ]
         return precision_and_recall(
             self.ground_truth,
-            predictions,
+            joined(self._predictions_by_image, iou_type),
             iou_type,
             image_ids=self._evaluated_image_ids(),
             max_detections=self.max_detections,
+            backend=self.backend,
         )
 
     def _summarize(self, arrays: tuple[np.ndarray, np.ndarray] | None, per_class: bool) -> dict[str, float | None]:
@@ -191,10 +189,6 @@ class CocoEvaluator:
         if unknown:
             notes.append(f"The model has no label for the categories {unknown}; they count with AP 0.")
         return notes
-
-
-def _area(result: Mapping[str, Any], iou_type: IouType) -> float:
-    return float(coco_mask.area(result["segmentation"])) if iou_type == "segm" else result["bbox"][2] * result["bbox"][3]
 
 
 def _checked_category_ids(category_ids: Sequence[int], categories: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 
 from sim_hf.data.cropped_masks import CroppedMasks
-from sim_hf.data.masks import checked_rles, encode_rle
+from sim_hf.data.masks import checked_rles, encode_rle, rle_areas, rle_boxes
+from sim_hf.evaluation.coco_matching import Instances, IouType
 from sim_hf.evaluation.ground_truth import as_id
 
 NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set does not have; it may not be predicted
@@ -22,7 +22,7 @@ NO_CATEGORY = -1  # in `category_ids`: a label of the model that the data set do
 
 @dataclass(frozen=True)
 class ImagePredictions:
-    """boxes_n4: xywh. sizes, counts: run lengths, None without masks.
+    """boxes_n4: xywh. areas_n: of the masks. sizes, counts: run lengths. The last three are None without masks.
 
     No dictionary per prediction: with half a million of them, Python's collector of cycles would take half of the time.
     """
@@ -30,6 +30,7 @@ class ImagePredictions:
     scores_n: np.ndarray
     category_ids_n: np.ndarray
     boxes_n4: np.ndarray
+    areas_n: np.ndarray | None
     sizes: list[tuple[int, int]] | None
     counts: list[str] | None
 
@@ -53,14 +54,13 @@ class ImagePredictions:
             if len(rles) != count:
                 raise ValueError(f"image {image_id}: {len(rles)} masks for {count} scores")
             # All at once: a call costs more than a box.
-            boxes_n4 = np.asarray(coco_mask.toBbox(cast(Any, rles))) if rles else np.zeros((0, 4))
-            sizes = [(rle["size"][0], rle["size"][1]) for rle in rles]
-            return ImagePredictions(scores_n, category_ids_n, boxes_n4, sizes, [rle["counts"] for rle in rles])
+            sizes, counts = [(rle["size"][0], rle["size"][1]) for rle in rles], [rle["counts"] for rle in rles]
+            return ImagePredictions(scores_n, category_ids_n, rle_boxes(rles), rle_areas(rles), sizes, counts)
         if boxes_n4 is None:
             raise ValueError(f"image {image_id}: a result needs masks, rles or boxes, got {sorted(result)}")
         boxes_n4 = boxes_n4.reshape(count, 4)
         boxes_n4 = np.concatenate([boxes_n4[:, :2], boxes_n4[:, 2:] - boxes_n4[:, :2]], 1)
-        return ImagePredictions(scores_n, category_ids_n, boxes_n4, None, None)
+        return ImagePredictions(scores_n, category_ids_n, boxes_n4, None, None, None)
 
     def __len__(self) -> int:
         return len(self.scores_n)
@@ -84,6 +84,28 @@ class ImagePredictions:
             }
             for category_id, score, box, size, counts in zip(*columns, self.sizes, self.counts, strict=True)
         ]
+
+
+def joined(by_image: Mapping[int, ImagePredictions], iou_type: IouType) -> Instances:
+    """The predictions of all images, by image id, then in the order they were given. Masks are judged by their own area, not
+    by that of their box."""
+    image_ids, parts = sorted(by_image), [by_image[image_id] for image_id in sorted(by_image)]
+
+    def column(name: str, empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([empty, *(getattr(part, name) for part in parts)])
+
+    boxes_N4 = column("boxes_n4", np.zeros((0, 4)))
+    is_segm = iou_type == "segm"
+    return Instances(
+        image_ids_N=np.repeat(np.array(image_ids, np.int64), [len(part) for part in parts]),
+        category_ids_N=column("category_ids_n", np.zeros(0, np.int64)),
+        boxes_N4=boxes_N4,
+        areas_N=column("areas_n", np.zeros(0)) if is_segm else boxes_N4[:, 2] * boxes_N4[:, 3],
+        crowd_N=np.zeros(len(boxes_N4), bool),
+        scores_N=column("scores_n", np.zeros(0)),
+        sizes=[size for part in parts for size in part.sizes or ()] if is_segm else None,
+        counts=[counts for part in parts for counts in part.counts or ()] if is_segm else None,
+    )
 
 
 def to_coco_results(image_id: int, result: Mapping[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "pycocotools", "faster-coco-eval", "sim-hf")
+PACKAGES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "pycocotools", "sim-hf")
 TABLE_ROWS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 GIT_TIMEOUT_SECONDS = 10
 
