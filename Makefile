@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(shell { echo "$(CURDIR)"; cat requirements.txt
 DATA ?=
 ARGS ?=
 
-.PHONY: help install demo test e2e check bench format clean
+.PHONY: help install demo space test e2e check bench format clean
 
 help:  ## What can be made
 	@echo "make TARGET [DATA=folder-or-Hub-id] [ARGS=\"more options\"]"
@@ -23,6 +23,9 @@ help:  ## What can be made
 
 demo: $(INSTALLED)  ## Train from boxes for some minutes, show masks and mask AP: generated scenes, or DATA=folder
 	$(PYTHON) -m sim_hf demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+space: $(INSTALLED)  ## The web page, on the shipped model or SIM_MODEL=folder-or-Hub-id
+	$(PYTHON) spaces/box-supervised-segmentation/app.py
 
 test: $(INSTALLED)  ## The tests: offline, on the CPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)

@@ -47,6 +47,7 @@ def draw_instances(
     with_boxes: bool = True,
     with_masks: bool = True,
     with_labels: bool = True,
+    text_size: int | None = None,
 ) -> Image.Image:
     """Masks with contours, boxes and names over a picture.
 
@@ -54,7 +55,7 @@ def draw_instances(
     (n,): without scores (annotations, pseudo masks) only names are written. Of the instances that reach `threshold` the
     `max_instances` best are drawn, the largest first, so that small ones stay visible. side: longer side of the result; left
     out, the picture keeps its size but is enlarged to at least 640 pixels. Resizing comes first, so that lines and text stay
-    crisp: for a sheet, give the sheet's cell size.
+    crisp: for a sheet, give the sheet's cell size. text_size: of the names, in pixels of the result; left out, it grows with it.
     """
     scale = (side or max(_MIN_SIDE, *image.size)) / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -71,7 +72,7 @@ def draw_instances(
         canvas = _draw_boxes(canvas, {row: _box(boxes_n4[row]) for row in rows}, colors, line_width)
     if with_labels:
         texts = {row: _text(result, row, id2label) for row in rows}
-        _draw_labels(canvas, {row: _box(boxes_n4[row]) for row in rows}, texts, colors)
+        _draw_labels(canvas, {row: _box(boxes_n4[row]) for row in rows}, texts, colors, text_size)
     return canvas
 
 
@@ -177,11 +178,15 @@ def _draw_boxes(
 
 
 def _draw_labels(
-    canvas: Image.Image, boxes: Mapping[int, Box], texts: Mapping[int, str], colors: Mapping[int, tuple[int, ...]]
+    canvas: Image.Image,
+    boxes: Mapping[int, Box],
+    texts: Mapping[int, str],
+    colors: Mapping[int, tuple[int, ...]],
+    text_size: int | None,
 ) -> None:
     """Names on small plates at the boxes' corners, each at the first place where it covers no other; one that finds no
     place is left out rather than printed over another."""
-    text_size = max(12, round(max(canvas.size) / 48))
+    text_size = text_size or max(12, round(max(canvas.size) / 48))
     font, draw = _font(text_size), ImageDraw.Draw(canvas)
     height = round(text_size * 1.45)
     taken: list[Box] = []
