@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -82,15 +82,15 @@ def encode_crop(crop_ST: np.ndarray, left: int, top: int, size: tuple[int, int])
     return {"size": [int(side) for side in size], "counts": run_lengths["counts"].decode("ascii")}
 
 
-def rle_areas(rles: Sequence[Any]) -> np.ndarray:
+def rle_areas(rles: list[Any]) -> np.ndarray:
     """Numbers of pixels (n,), float64. pycocotools writes their count into 8 bits: more than 255 at once are an error."""
-    parts = [coco_mask.area(list(rles[start : start + 255])) for start in range(0, len(rles), 255)]
+    parts = [coco_mask.area(cast(Any, rles[start : start + 255])) for start in range(0, len(rles), 255)]
     return np.concatenate([np.zeros(0), *parts])
 
 
-def rle_boxes(rles: Sequence[Any]) -> np.ndarray:
+def rle_boxes(rles: list[Any]) -> np.ndarray:
     """The tight boxes (n, 4) xywh, float64; of an empty mask all 0."""
-    return np.asarray(coco_mask.toBbox(list(rles)), dtype=np.float64).reshape(-1, 4)
+    return np.asarray(coco_mask.toBbox(cast(Any, rles)), dtype=np.float64).reshape(-1, 4)
 
 
 def _are_canonical(rles: Sequence[Any]) -> bool:
