@@ -15,8 +15,9 @@ LAYERS = [
     {"processes", "structures"},
     {"losses", "mask_generation", "data"},
     {"criteria", "evaluation", "models", "visualization"},
+    {"hub"},  # a trainer pushes its model with a card
     {"training"},
-    {"hub", "pipeline", "labeling", "label_file", "prediction", "demo"},
+    {"pipeline", "labeling", "label_file", "prediction", "demo"},
     {"cli"},
 ]
 SIBLINGS = {("label_file", "labeling")}  # labelling a file is a loop around labelling an image

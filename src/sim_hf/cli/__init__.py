@@ -19,6 +19,9 @@ COMMANDS = {
     "predict": "instances of pictures: overlays and a COCO results file",
     "label": "turn the boxes of a COCO file into masks",
     "scenes": "write the generated photographs as a COCO folder",
+    "push": "a trained model with its card to the Hugging Face Hub",
+    "push-dataset": "COCO files and their pictures as a data set of the Hub",
+    "push-space": "the folder of a Space to the Hub",
     "demo": "train on boxes only, show masks and mask AP, in minutes",
 }
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from_transformers.disable_progress_bar()  # "Loading weights" says nothing about a small model
     # Imported late: a command loads what it needs and no more.
-    module = importlib.import_module(f"sim_hf.cli.{command}")
+    module = importlib.import_module(f"sim_hf.cli.{command.replace('-', '_')}")
     try:
         code = int(module.main(rest) or 0)
         leave_process_group()
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     return "\n".join(["usage: sim-hf COMMAND [options]   (sim-hf COMMAND --help for its options)", "", *lines])
 
 
