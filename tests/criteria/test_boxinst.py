@@ -173,3 +173,24 @@ def test_a_batch_of_huge_logits_without_instances_prices_exactly_nothing():
             logits.fill_(3e38)  # a sum over two of them is infinite, and 0 times that is not a number
     losses = price(make_set_criterion(BoxInstCriterion()), output, make_targets([], num_images=2)).losses
     assert [losses[name].item() for name in KEYS[1:]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_all_layers_in_one_call_equal_a_call_for_each_layer(with_masks):
+    targets = make_targets()
+    if with_masks:
+        targets.masks_GHW = torch.rand(3, *INPUT) > 0.5
+        targets.has_mask_G = torch.tensor([True, False, True])
+    layers = [3 * torch.randn(3, *GRID) for _ in range(4)]
+    ids = [[0, 1, 2], [2, 0, 1], [1, 1, 1], [0, 2, 2]]
+    results = []
+    for groups in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        logits = [layer.clone().requires_grad_() for layer in layers]
+        losses = [call(BoxInstCriterion(), [student_of(logits[i], ids[i]) for i in group], targets) for group in groups]
+        sums = {name: torch.stack([of_group[name] for of_group in losses]).sum() for name in losses[0]}
+        results.append((sums, torch.autograd.grad(torch.stack(list(sums.values())).sum(), logits)))
+    (together, gradients_together), (apart, gradients_apart) = results
+    for name, loss in together.items():
+        torch.testing.assert_close(loss, apart[name])
+    for mine, theirs in zip(gradients_together, gradients_apart, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from synthetic_outputs import GRID, NUM_CLASSES, make_targets
 
+from sim_hf.criteria import matcher as matcher_file
 from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.criteria.fully_supervised import FullySupervisedCriterion
 from sim_hf.criteria.matcher import HungarianMatcher
 
 BOX = [0.0, 0.0, 8.0, 8.0]
@@ -16,7 +18,7 @@ class CostsFromPixels:
     """The cost of query q for instance g of its image is pixel g of the query's mask."""
 
     def matching_cost(self, mask_logits_QHW, targets, *, global_step):
-        return mask_logits_QHW[:, 0, : len(targets)]
+        return mask_logits_QHW[:, 0, targets.rank_in_image()]
 
 
 def matched_pairs(matches):
@@ -81,6 +83,28 @@ def test_layers_matched_together_take_the_pairs_that_they_take_alone():
     for layer, matches in zip(layers, together, strict=True):
         (alone,) = HungarianMatcher(criterion)([layer], targets, global_step=0)
         assert matched_pairs(matches) == matched_pairs(alone)
+
+
+@pytest.mark.parametrize("criterion", [BoxInstCriterion(), FullySupervisedCriterion()])
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 5])
+def test_images_priced_in_one_call_take_the_pairs_that_they_take_alone(criterion, images_at_a_time, monkeypatch):
+    boxes = [[0, 0, 8, 8], [4, 4, 16, 12], [2, 0, 9, 16], [0, 0, 16, 16], [5, 5, 9, 9]]
+    targets = make_targets(boxes, [0, 1, 1, 0, 2], [3, 0, 3, 0, 1], num_images=5)  # the third and the last have none
+    height, width = targets.input_size
+    targets.masks_GHW = torch.rand(5, height, width) > 0.5
+    targets.has_mask_G = torch.ones(5, dtype=torch.bool)
+    layers = [(torch.randn(5, 6, NUM_CLASSES + 1), 4 * torch.randn(5, 6, *GRID)) for _ in range(2)]
+    monkeypatch.setattr(matcher_file, "_CELLS_AT_A_TIME", images_at_a_time * layers[0][1][0].numel() * len(layers))
+    together = HungarianMatcher(criterion)(layers, targets, global_step=0)
+    for image in (0, 1, 3):
+        rows = (targets.image_ids_G == image).nonzero()[:, 0]
+        own = targets.select(rows)
+        own.image_ids_G, own.num_images = torch.zeros_like(own.image_ids_G), 1
+        alone = HungarianMatcher(criterion)([(c[image : image + 1], m[image : image + 1]) for c, m in layers], own, global_step=0)
+        for all_of_layer, one in zip(together, alone, strict=True):
+            expected = {(image, query, int(rows[instance])) for _, query, instance in matched_pairs(one)}
+            assert {pair for pair in matched_pairs(all_of_layer) if pair[0] == image} == expected
+    assert all(set(matches.images_N.tolist()) == {0, 1, 3} for matches in together)
 
 
 def test_an_image_without_instances_matches_nothing():

@@ -142,7 +142,8 @@ def test_students_are_the_layers_in_order_and_positives_the_last():
     mask_criterion, output = MaskCriterionThatRemembers(), make_output(num_layers=3)
     result = price(make_set_criterion(mask_criterion), output, make_targets())
     assert len(mask_criterion.students) == 3
-    assert result.positives is mask_criterion.students[-1]
+    assert torch.equal(result.positives.mask_logits_NHW, mask_criterion.students[-1].mask_logits_NHW)
+    assert torch.equal(result.positives.instance_ids_N, mask_criterion.students[-1].instance_ids_N)
     assert mask_criterion.teacher is None
     for student, layer in zip(mask_criterion.students, layers_of(output), strict=True):
         maps_MHW = layer["masks_queries_logits"].flatten(0, 1)

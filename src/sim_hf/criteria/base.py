@@ -19,7 +19,8 @@ class MaskCriterion(Protocol):
     """The price of masks: one class for each supervision, chosen in `build.py`."""
 
     def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
-        """Cost (Q, G) of giving each query of one image to each of its instances."""
+        """Cost (Q, G) of giving each query to each instance, each pair for itself: queries and instances of several images may
+        come together, and nobody reads the pairs across images."""
         ...
 
     def needs_teacher(self, global_step: int) -> bool:
@@ -60,6 +61,19 @@ def sum_over_layers(losses: Sequence[Tensor], num_instances: float) -> Tensor:
     return torch.stack([loss_N.sum() for loss_N in losses]).sum() / num_instances
 
 
+def joined(parts: Sequence[MaskPredictions]) -> MaskPredictions:
+    """Rows of several predictions of the same network, one after the other: terms that look at each row alone take all
+    decoder layers in one call."""
+    if len(parts) == 1:
+        return parts[0]
+    return MaskPredictions(
+        mask_logits_NHW=torch.cat([part.mask_logits_NHW for part in parts]),
+        instance_ids_N=torch.cat([part.instance_ids_N for part in parts]),
+        scores_N=torch.cat([part.scores_N for part in parts]),
+        mask_features_BCHW=parts[0].mask_features_BCHW,
+    )
+
+
 def zero_with_gradient(students: Sequence[MaskPredictions]) -> Tensor:
     """0, connected to the predictions of every layer: a loss that does not apply still reaches every parameter. A sum over
     nothing, since 0 times a sum of huge logits is not 0."""
@@ -85,6 +99,11 @@ def known_mask_losses(
         ids_N = student.instance_ids_N
         chosen_N = applies_G[ids_N].nonzero(as_tuple=True)[0]
         logits_NHW, ids_N = student.mask_logits_NHW[chosen_N], ids_N[chosen_N]
+        if len(chosen_N) == 0:  # of the usual batch: nothing pasted, no real mask
+            nothing_N = logits_NHW.sum((1, 2))
+            bce.append(nothing_N)
+            dice.append(nothing_N)
+            continue
         trusted_NHW = None if trusted_GHW is None else trusted_GHW[ids_N]
         bce.append(masked_bce_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
         dice.append(masked_dice_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))

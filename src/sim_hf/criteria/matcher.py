@@ -17,6 +17,7 @@ from sim_hf.criteria.base import MaskCriterion
 from sim_hf.structures import InstanceTargets
 
 WORST_COST = 1e6  # of a pair whose cost is not a number: it is matched last, and the matching exists
+_CELLS_AT_A_TIME = 2**23  # of mask logits: small images share a call, which costs more than their pairs with each other
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,35 @@ class HungarianMatcher:
         transfer: waiting for the device once per image or layer would cost more than the matching.
         """
         device = targets.boxes_G4.device
+        batch_size = len(layers[0][1])
+        cells_of_image = sum(masks[0].numel() for _, masks in layers)
+        step = max(_CELLS_AT_A_TIME // max(cells_of_image, 1), 1)
+        parts = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
         image_ids_G = targets.image_ids_G.cpu()
-        images = image_ids_G.unique().tolist()
-        rows_of_image = [(image_ids_G == image).nonzero()[:, 0] for image in images]
-        costs_LQG = [
-            self._costs(
-                [(classes[image], masks[image]) for classes, masks in layers], targets.select(rows.to(device)), global_step
-            )
-            for image, rows in zip(images, rows_of_image, strict=True)
+        rows_of_part = [((image_ids_G >= part.start) & (image_ids_G < part.stop)).nonzero()[:, 0] for part in parts]
+        given = [(part, rows) for part, rows in zip(parts, rows_of_part, strict=True) if len(rows) > 0]
+        costs_LBQG = [
+            self._costs([(classes[part], masks[part]) for classes, masks in layers], targets.select(rows.to(device)), global_step)
+            for part, rows in given
         ]
         pairs_of_layer: list[list[np.ndarray]] = [[np.zeros((3, 0), dtype=np.int64)] for _ in layers]
-        for image, rows, cost_LQG in zip(images, rows_of_image, _to_host(costs_LQG), strict=True):
-            for pairs, cost_QG in zip(pairs_of_layer, cost_LQG, strict=True):
-                queries, instances = linear_sum_assignment(cost_QG)
-                pairs.append(np.stack([np.full_like(queries, image), queries, rows.numpy()[instances]]))
+        for (part, rows), cost_LBQG in zip(given, _to_host(costs_LBQG), strict=True):
+            image_ids = image_ids_G[rows].numpy()
+            for image in np.unique(image_ids):
+                (own,) = np.nonzero(image_ids == image)
+                for pairs, cost_BQG in zip(pairs_of_layer, cost_LBQG, strict=True):
+                    queries, instances = linear_sum_assignment(cost_BQG[image - part.start][:, own])
+                    pairs.append(np.stack([np.full_like(queries, image), queries, rows.numpy()[own[instances]]]))
         return [Matches(*torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)) for pairs in pairs_of_layer]
 
-    def _costs(self, layers_of_image: Sequence[tuple[Tensor, Tensor]], targets: InstanceTargets, global_step: int) -> Tensor:
-        """Costs of one image in every layer -> (layers, Q, G), float32. A cost is a query's own, so all layers are one call."""
-        class_logits_LQK, mask_logits_LQHW = (torch.stack(parts) for parts in zip(*layers_of_image, strict=True))
-        probability_LQG = class_logits_LQK.float().softmax(-1)[..., targets.class_labels_G]
-        mask_cost = self.mask_criterion.matching_cost(mask_logits_LQHW.flatten(0, 1), targets, global_step=global_step)
-        return self.class_cost * (1 - probability_LQG) + self.mask_cost * mask_cost.float().view_as(probability_LQG)
+    def _costs(self, layers: Sequence[tuple[Tensor, Tensor]], targets: InstanceTargets, global_step: int) -> Tensor:
+        """Costs of some images in every layer with all instances of these images -> (layers, B, Q, G), float32.
+
+        A cost is a query's own, so all layers and images are one call; nobody reads the pairs of two images."""
+        class_logits_LBQK, mask_logits_LBQHW = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        probability_LBQG = class_logits_LBQK.float().softmax(-1)[..., targets.class_labels_G]
+        mask_cost = self.mask_criterion.matching_cost(mask_logits_LBQHW.flatten(0, 2), targets, global_step=global_step)
+        return self.class_cost * (1 - probability_LBQG) + self.mask_cost * mask_cost.float().view_as(probability_LBQG)
 
 
 def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:

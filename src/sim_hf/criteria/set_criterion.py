@@ -88,13 +88,9 @@ class SetCriterion(nn.Module):
         with torch.autocast(images_BCHW.device.type, enabled=False):  # sums and exponentials stay float32
             layers, prompts = _layers(student_output, "queries"), _layers(student_output, "prompts")
             matched = self.matcher(layers, targets, global_step=global_step)
-            asked = [_asked(layer, targets) for layer in prompts]
-            features = student_output.mask_features
-            students = [_positives(layer, matches, targets, features) for layer, matches in zip(layers, matched, strict=True)]
-            found = students[-1]
-            if prompts:
-                prompted = [_positives(layer, rows, targets, features) for layer, rows in zip(prompts, asked, strict=True)]
-                students = [_joined(pair) for pair in zip(students, prompted, strict=True)]
+            asked = _asked(prompts, targets)
+            chosen = [zip(layers, matched, strict=True), *([zip(prompts, asked, strict=True)] if prompts else [])]
+            students = [_positives(of_layer, targets, student_output.mask_features) for of_layer in zip(*chosen, strict=True)]
             teacher = None if teacher_output is None else self._teacher_positives(teacher_output, targets, global_step)
             output = self.mask_criterion(
                 students,
@@ -105,53 +101,44 @@ class SetCriterion(nn.Module):
                 num_instances=normalizers.num_instances,
                 global_step=global_step,
             )
-            class_losses = [
-                self._class_loss(class_logits_BQK, matches, targets)
-                for (class_logits_BQK, _), matches in zip(layers, matched, strict=True)
-            ]
-            loss_class = self.class_weight * torch.stack(class_losses).sum() / normalizers.class_weight
+            loss_class = self._class_loss([logits for logits, _ in layers], matched, targets) / normalizers.class_weight
             # Whatever the mask criterion reads: every output has a gradient on every rank and batch, also without instances.
             loss_class = loss_class + zero_with_gradient(students)
             output.losses = {"loss_cross_entropy": loss_class, **output.losses}
             if prompts:
                 output.losses["loss_prompt_class"] = self._prompt_class_loss(prompts, asked, targets) / normalizers.num_instances
-            output.positives = found
+            output.positives = _first(students[-1], len(matched[-1].queries_N))
         return output
 
-    def _class_loss(self, class_logits_BQK: Tensor, matches: Matches, targets: InstanceTargets) -> Tensor:
-        """Weighted cross-entropy summed over the queries; the caller divides by the step's sum of weights."""
-        no_object = class_logits_BQK.shape[-1] - 1
-        classes_BQ = torch.full(class_logits_BQK.shape[:2], no_object, device=class_logits_BQK.device)
-        classes_BQ[matches.images_N, matches.queries_N] = targets.class_labels_G[matches.instance_ids_N]
-        weight_K = torch.ones(no_object + 1, device=class_logits_BQK.device)
+    def _class_loss(self, layers: Sequence[Tensor], matched: Sequence[Matches], targets: InstanceTargets) -> Tensor:
+        """Weighted cross-entropy summed over the queries of all layers (class logits (B, Q, K) each); the caller divides by the
+        step's sum of weights."""
+        class_logits_LBQK = torch.stack(list(layers)).float()
+        no_object = class_logits_LBQK.shape[-1] - 1
+        device = class_logits_LBQK.device
+        classes_LBQ = torch.full(class_logits_LBQK.shape[:3], no_object, device=device)
+        for classes_BQ, matches in zip(classes_LBQ, matched, strict=True):
+            classes_BQ[matches.images_N, matches.queries_N] = targets.class_labels_G[matches.instance_ids_N]
+        weight_K = torch.ones(no_object + 1, device=device)
         weight_K[no_object] = self.no_object_weight
-        logits_MK = class_logits_BQK.float().flatten(0, 1)
-        return nn.functional.cross_entropy(logits_MK, classes_BQ.flatten(), weight_K, reduction="sum")
+        losses = nn.functional.cross_entropy(class_logits_LBQK.flatten(0, 2), classes_LBQ.flatten(), weight_K, reduction="sum")
+        return self.class_weight * losses
 
     def _prompt_class_loss(
         self, prompts: Sequence[tuple[Tensor, Tensor]], asked: Sequence[Matches], targets: InstanceTargets
     ) -> Tensor:
         """Cross-entropy summed over the prompts and layers: a prompt answers with the class of its instance."""
-        losses = [
-            nn.functional.cross_entropy(
-                class_logits_BQK[rows.images_N, rows.queries_N].float(),
-                targets.class_labels_G[rows.instance_ids_N],
-                reduction="sum",
-            )
-            for (class_logits_BQK, _), rows in zip(prompts, asked, strict=True)
-        ]
-        return self.class_weight * torch.stack(losses).sum()
+        logits_NK = torch.cat(
+            [logits_BPK[rows.images_N, rows.queries_N] for (logits_BPK, _), rows in zip(prompts, asked, strict=True)]
+        )
+        labels_N = targets.class_labels_G[torch.cat([rows.instance_ids_N for rows in asked])]
+        return self.class_weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, reduction="sum")
 
     @torch.no_grad()
     def _teacher_positives(self, output, targets: InstanceTargets, global_step: int) -> MaskPredictions:
         layers, prompts = _layers(output, "queries"), _layers(output, "prompts")
-        chosen = [*self.matcher(layers, targets, global_step=global_step), *(_asked(layer, targets) for layer in prompts)]
-        return _joined(
-            [
-                _positives(layer, rows, targets, output.mask_features)
-                for layer, rows in zip([*layers, *prompts], chosen, strict=True)
-            ]
-        )
+        chosen = [*self.matcher(layers, targets, global_step=global_step), *_asked(prompts, targets)]
+        return _positives(list(zip([*layers, *prompts], chosen, strict=True)), targets, output.mask_features)
 
 
 def _layers(output, kind: str) -> list[tuple[Tensor, Tensor]]:
@@ -161,34 +148,39 @@ def _layers(output, kind: str) -> list[tuple[Tensor, Tensor]]:
     return [(layer[names[0]], layer[names[1]]) for layer in layers if layer.get(names[0]) is not None]
 
 
-def _asked(layer: tuple[Tensor, Tensor], targets: InstanceTargets) -> Matches:
-    """Prompts and their instances: prompt p of an image is its p-th instance; further instances have no prompt."""
+def _asked(prompts: Sequence[tuple[Tensor, Tensor]], targets: InstanceTargets) -> list[Matches]:
+    """Prompts and their instances, the same in every layer: prompt p of an image is its p-th instance; further instances have no
+    prompt."""
+    if not prompts:
+        return []
     rank_G = targets.rank_in_image()
-    ids_N = (rank_G < layer[0].shape[1]).nonzero()[:, 0]
-    return Matches(targets.image_ids_G[ids_N], rank_G[ids_N], ids_N)
-
-
-def _joined(parts: Sequence[MaskPredictions]) -> MaskPredictions:
-    """The positives of several predictions of the same network, one after the other."""
-    return MaskPredictions(
-        mask_logits_NHW=torch.cat([part.mask_logits_NHW for part in parts]),
-        instance_ids_N=torch.cat([part.instance_ids_N for part in parts]),
-        scores_N=torch.cat([part.scores_N for part in parts]),
-        mask_features_BCHW=parts[0].mask_features_BCHW,
-    )
+    ids_N = (rank_G < prompts[0][0].shape[1]).nonzero()[:, 0]
+    return [Matches(targets.image_ids_G[ids_N], rank_G[ids_N], ids_N)] * len(prompts)
 
 
 def _positives(
-    layer: tuple[Tensor, Tensor], matches: Matches, targets: InstanceTargets, mask_features_BCHW: Tensor
+    chosen: Sequence[tuple[tuple[Tensor, Tensor], Matches]], targets: InstanceTargets, mask_features_BCHW: Tensor
 ) -> MaskPredictions:
-    """The matched queries of one layer in float32; only they are cast, the maps of all queries would fill the memory."""
-    class_logits_BQK, mask_logits_BQHW = layer
-    rows = (matches.images_N, matches.queries_N)
-    labels_N = targets.class_labels_G[matches.instance_ids_N]
-    probability_NK = class_logits_BQK[rows].detach().float().softmax(-1)
+    """The chosen rows of some layers, one layer after the other, in float32; only they are cast, the maps of all queries would
+    fill the memory."""
+    rows = [(matches.images_N, matches.queries_N) for _, matches in chosen]
+    instance_ids_N = torch.cat([matches.instance_ids_N for _, matches in chosen])
+    class_logits_NK = torch.cat([logits_BQK.detach()[row] for ((logits_BQK, _), _), row in zip(chosen, rows, strict=True)])
+    mask_logits_NHW = torch.cat([mask_logits_BQHW[row] for ((_, mask_logits_BQHW), _), row in zip(chosen, rows, strict=True)])
+    probability_NK = class_logits_NK.float().softmax(-1)
+    labels_N = targets.class_labels_G[instance_ids_N]
     return MaskPredictions(
-        mask_logits_NHW=mask_logits_BQHW[rows].float(),
-        instance_ids_N=matches.instance_ids_N,
+        mask_logits_NHW=mask_logits_NHW.float(),
+        instance_ids_N=instance_ids_N,
         scores_N=probability_NK.gather(1, labels_N[:, None])[:, 0],
         mask_features_BCHW=mask_features_BCHW,
+    )
+
+
+def _first(positives: MaskPredictions, count: int) -> MaskPredictions:
+    return MaskPredictions(
+        positives.mask_logits_NHW[:count],
+        positives.instance_ids_N[:count],
+        positives.scores_N[:count],
+        positives.mask_features_BCHW,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sim_hf.criteria.base import known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers, zero_with_gradient
+from sim_hf.criteria.base import joined, known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers, zero_with_gradient
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.mask_generation import PseudoMaskGenerator
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
@@ -61,6 +61,7 @@ class SIMCriterion(nn.Module):
         num_instances: float,
         global_step: int,
     ) -> CriterionOutput:
+        students = [joined(students)]  # every term looks at each row alone
         output = self.box_criterion(
             students, None, targets, images_BCHW, pixel_mask_BHW, num_instances=num_instances, global_step=global_step
         )
