@@ -16,8 +16,9 @@ LAYERS = [
     {"losses", "mask_generation", "data"},
     {"criteria", "evaluation", "models", "visualization"},
     {"hub"},  # a trainer pushes its model with a card
+    {"labeling"},  # the second phase of a training labels its images
     {"training"},
-    {"pipeline", "labeling", "label_file", "prediction", "demo"},
+    {"pipeline", "label_file", "prediction", "demo"},
     {"cli"},
 ]
 SIBLINGS = {("label_file", "labeling")}  # labelling a file is a loop around labelling an image

@@ -48,6 +48,7 @@ def options_of(supervision, **options):
         "learning_rate": 2e-3,
         "pairwise_warmup": 0.5,
         "pseudo_start": 0.25,
+        "second_phase": 0.75,
         **options,
     }
 

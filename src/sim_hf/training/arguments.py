@@ -134,6 +134,13 @@ class SupervisionArguments:
     paste_weight: float = field(default=1.0, metadata={"help": "lambda_2, the copy-paste loss; 0 switches pasting off."})
     paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
+    second_phase: float = field(
+        default=0.4,
+        metadata={
+            "help": "sim: when the teacher labels the training images once, small objects enlarged, to go on with these masks "
+            "(steps or fraction; 1 = never, as in the paper)."
+        },
+    )
     teacher_momentum: float | None = field(
         default=None, metadata={"help": "EMA of the teacher (default: scaled with the length of the run; 0.9999 at 90k steps)."}
     )

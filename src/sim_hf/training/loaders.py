@@ -33,12 +33,13 @@ class MicroBatches:
         accelerator: Accelerator,
     ) -> None:
         self.device = accelerator.device
+        self.arguments, self.processor, self.seed = arguments, processor, run.seed
         self.num_micro = run.gradient_accumulation_steps
         micro_size = run.batch_size // self.num_micro
         self.streaming = data.streaming
         self.steps_done = 0
         self.collate = train_collator(processor, as_bytes=True)
-        common = {
+        self.common = {
             "num_workers": arguments.num_workers,
             "collate_fn": self.collate,
             "pin_memory": self.device.type == "cuda",
@@ -50,7 +51,7 @@ class MicroBatches:
                 rows = rows.shard(num_shards=accelerator.num_processes, index=accelerator.process_index)
             self.sampler = None
             samples = streamed_samples(rows, arguments, processor, with_masks=with_masks, seed=run.seed)
-            self.loader = DataLoader(samples, batch_size=micro_size, drop_last=True, **common)
+            self.loader = DataLoader(samples, batch_size=micro_size, drop_last=True, **self.common)
         else:
             self.sampler = StepSampler(
                 len(data.train),
@@ -59,8 +60,14 @@ class MicroBatches:
                 num_replicas=accelerator.num_processes,
                 rank=accelerator.process_index,
             )
-            samples = indexed_samples(data.train, arguments, processor, with_masks=with_masks, seed=run.seed)
-            self.loader = DataLoader(samples, batch_sampler=self.sampler, **common)
+            self.read(data.train, with_masks=with_masks)
+
+    def read(self, rows: Any, *, with_masks: bool) -> None:
+        """Iterate over these rows from now on, in the same order and with the same augmentation: the same images, knowing more."""
+        if self.sampler is None:
+            raise ValueError("a stream cannot be exchanged: it has no order that other rows could follow")
+        samples = indexed_samples(rows, self.arguments, self.processor, with_masks=with_masks, seed=self.seed)
+        self.loader = DataLoader(samples, batch_sampler=self.sampler, **self.common)
 
     def __iter__(self) -> Iterator[list[dict]]:
         stream = iter(self.loader)

@@ -58,7 +58,8 @@ class TrainingStep(nn.Module):
 
     teacher: None trains without one (then `criterion` must not need it). memory_bank: None switches copy-paste off.
     paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
-    first paste. box_prompts: the networks are also asked for the masks of the annotated boxes. state_dict() of this
+    first paste. second_phase (set by the driver that starts it, see `training.second_phase`): the images bring masks of the
+    teacher, so it is only averaged, not asked, and nothing is pasted. box_prompts: the networks are also asked for the masks of the annotated boxes. state_dict() of this
     module is the training state that lives beside the weights.
     """
 
@@ -86,6 +87,7 @@ class TrainingStep(nn.Module):
         self.box_prompts = box_prompts
         self.seed = seed
         self.global_step = 0
+        self.second_phase = False
         # Not submodules: the teacher is a whole network and has its own place in a checkpoint.
         object.__setattr__(self, "teacher", teacher)
         self.memory_bank = memory_bank
@@ -96,7 +98,8 @@ class TrainingStep(nn.Module):
         targets = InstanceTargets.from_labels(labels, tuple(pixel_values.shape[-2:]))
         image_keys = [int(label["image_id"]) for label in labels]
         images = denormalize(pixel_values, self.image_mean, self.image_std)
-        if self.memory_bank is not None and self.training and self.global_step >= self.paste_start_step:
+        pastes = self.training and not self.second_phase and self.global_step >= self.paste_start_step
+        if pastes and self.memory_bank is not None:
             pasted, targets = copy_paste(
                 images,
                 pixel_mask,
@@ -135,7 +138,7 @@ class TrainingStep(nn.Module):
     def loss(self, student_outputs, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
         """The criterion on a student's outputs; the teacher looks at the same pixels and exact boxes, without gradient."""
         teacher_outputs = None
-        if self.teacher is not None and self.criterion.needs_teacher(self.global_step):
+        if self.teacher is not None and not self.second_phase and self.criterion.needs_teacher(self.global_step):
             prompts = prompt_boxes(inputs.targets.boxes_G4, inputs.targets) if self.box_prompts else None
             teacher_outputs = self.teacher(**inputs.network_inputs(prompts))
         output = self.criterion(

@@ -26,6 +26,7 @@ from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
+from sim_hf.training.second_phase import NO_MASK, LabelledRows, generate_masks, read_masks
 from sim_hf.training.sharding import fsdp_plugin, whole, whole_network
 from sim_hf.training.step import StepInputs
 
@@ -98,6 +99,7 @@ class Trainer:
             with_masks=self.with_masks,
             accelerator=self.accelerator,
         )
+        self.second_phase_step = self._second_phase_step()
         self.resumer = Resumer(self)
         self.best: dict = {"step": None, "value": -1.0}
         self.last_metrics: dict = {}
@@ -138,6 +140,8 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         while self.step.global_step < last:
+            if self.step.global_step >= self.second_phase_step and not self.step.second_phase:
+                stream = self.begin_second_phase()
             record = self.optimizer_step(stream)
             done = self.step.global_step
             bar.update()
@@ -155,6 +159,40 @@ class Trainer:
         if self.accelerator.log_with:
             self.accelerator.end_training()
         return self.last_metrics
+
+    def _second_phase_step(self) -> int:
+        """Step at which the training images are labelled; the end of the run when they are not."""
+        start = steps_of(self.supervision.second_phase, self.run.max_steps)
+        if self.supervision.supervision != "sim" or start >= self.run.max_steps:
+            return self.run.max_steps
+        if self.data.streaming:
+            self.say("warning: a stream is not labelled by its teacher (--second_phase needs a data set that is not --streaming)")
+            return self.run.max_steps
+        return start
+
+    def begin_second_phase(self) -> Iterator[list[dict]]:
+        """Label the training images with the teacher, or read what it said before the run was interrupted -> the stream of
+        the same images, with masks."""
+        folder = self.output_dir / "second_phase"
+        if self.step.global_step > self.second_phase_step:
+            masks = read_masks(folder)
+        else:
+            assert self.step.teacher is not None  # build_step makes one
+            with self.accelerator.autocast():
+                masks = generate_masks(
+                    self.step.teacher.model,
+                    self.processor,
+                    self.data.train,
+                    folder,
+                    process_index=self.accelerator.process_index,
+                    num_processes=self.accelerator.num_processes,
+                    barrier=self.accelerator.wait_for_everyone,
+                )
+        found = [mask != NO_MASK for row in masks for mask in row]
+        self.say(f"second phase: {sum(found)} of {len(found)} instances have a mask of the teacher, the others keep their box")
+        self.batches.read(LabelledRows(self.data.train, masks), with_masks=True)
+        self.step.second_phase = True
+        return iter(self.batches)
 
     def optimizer_step(self, stream: Iterator[list[dict]]) -> dict[str, float]:
         """One update over all micro-batches -> what was measured (losses summed over micro-batches and ranks)."""
