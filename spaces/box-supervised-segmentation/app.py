@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from box_canvas import annotated, box_canvas
 from boxes import MAX_TEXT, boxes_inside, parse_boxes
-from examples import examples
+from example_pictures import examples
 from segmenter import MIN_SCORE, Found, Segmenter, load_segmenter
 from uploads import MAX_UPLOAD_BYTES, BodyLimit, UploadError, read_upload, restrict_pillow, take_uploads_only, uploaded_path
 

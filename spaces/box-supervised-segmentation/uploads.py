@@ -74,8 +74,10 @@ def read_upload(path: str | Path) -> Upload:
         except ImageError:
             raise UploadError("This picture is broken and cannot be read.") from None
     picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.LANCZOS)
+    plain = Image.new("RGB", picture.size)  # without the place where it was taken, and whatever else the file says
+    plain.paste(picture)
     name = Path(path).name
-    return Upload(picture, size, name if _PLAIN_NAME.fullmatch(name) else "image")
+    return Upload(plain, size, name if _PLAIN_NAME.fullmatch(name) else "image")
 
 
 def _too_many_pixels(limit: int) -> str:

@@ -1,6 +1,6 @@
 """Pictures to try: generated scenes with their boxes, and photographs that come with gradio itself.
 
-`python examples.py` renders the scenes of `examples/` anew.
+`python example_pictures.py` renders the scenes of `examples/` anew.
 """
 
 from __future__ import annotations

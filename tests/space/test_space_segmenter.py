@@ -1,0 +1,123 @@
+"""From a picture to what the Space shows and gives away."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from boxes import NamedBox, parse_boxes
+from example_pictures import FOLDER, examples, render
+from segmenter import Segmenter, load_segmenter
+from sim_hf.data import decode_segmentation, render_scene
+from uploads import read_upload
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return load_segmenter()
+
+
+@pytest.fixture(scope="module")
+def starfish(segmenter):
+    return segmenter.find(read_upload(FOLDER / "starfish.jpg"))
+
+
+def test_the_examples_are_the_scenes_that_the_generator_makes(tmp_path):
+    render(tmp_path)
+    for path in sorted(FOLDER.glob("*.json")):
+        assert json.loads(path.read_text()) == json.loads((tmp_path / path.name).read_text())
+        ours, made = (np.asarray(Image.open(p.with_suffix(".jpg")), dtype=int) for p in (path, tmp_path / path.name))
+        assert np.abs(ours - made).mean() < 1  # another JPEG library may round differently
+
+
+def test_there_are_scenes_with_boxes_and_photographs_without():
+    assert {bool(example.boxes) for example in examples()} == {True, False}
+    assert all(example.path.is_file() for example in examples())
+
+
+def test_an_object_is_found_and_the_document_is_coco(starfish, tmp_path):
+    (tmp_path / "coco.json").write_text(json.dumps(starfish.coco(0.5)))
+    coco = COCO(tmp_path / "coco.json")
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert coco.loadCats(annotations[0]["category_id"])[0]["name"] == "starfish"
+    truth = render_scene(7, size=512, difficulty=0.6).masks[0]
+    mask = coco.annToMask(annotations[0]).astype(bool)
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.6
+    assert annotations[0]["area"] == mask.sum()
+
+
+def test_a_higher_least_score_shows_the_same_instances_and_fewer(starfish):
+    many, few = starfish.coco(0.05)["annotations"], starfish.coco(0.6)["annotations"]
+    assert len(many) > len(few) > 0 and many[: len(few)] == few
+    assert all(annotation["score"] >= 0.6 for annotation in few)
+    assert len(starfish.table(0.6)) == len(few)
+    assert starfish.coco(1.0)["annotations"] == [] == starfish.coco(1.0)["categories"]
+    assert starfish.drawn(1.0).size == starfish.drawn(0.05).size
+
+
+def test_each_box_gets_one_mask_in_it_in_order(segmenter):
+    upload = read_upload(FOLDER / "birds.jpg")
+    boxes = parse_boxes((FOLDER / "birds.json").read_text())
+    document = segmenter.fill(upload, boxes).coco()
+    assert [annotation["id"] for annotation in document["annotations"]] == [1, 2]
+    assert [category["name"] for category in document["categories"]] == ["bird"]
+    for annotation, box, truth in zip(
+        document["annotations"], boxes, render_scene(11, size=512, difficulty=0.6).masks, strict=True
+    ):
+        assert annotation["bbox"] == [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1]
+        mask = decode_segmentation(annotation["segmentation"], *upload.size)
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.8
+
+
+def test_a_name_that_the_model_does_not_know_gets_an_id_of_its_own(segmenter):
+    upload = read_upload(FOLDER / "birds.jpg")
+    found = segmenter.fill(
+        upload, [NamedBox(10, 10, 100, 100, "unicorn"), NamedBox(10, 10, 90, 90), NamedBox(5, 5, 50, 50, "Bird")]
+    )
+    assert found.names == ["unicorn", "object", "lorry"]
+    ids = [annotation["category_id"] for annotation in found.annotations]
+    assert len(set(ids)) == 3 and not set(ids) & set(segmenter.category_ids.values())
+
+
+def test_masks_of_a_reduced_picture_have_the_size_of_the_sent_one(segmenter, tmp_path):
+    Image.open(FOLDER / "starfish.jpg").resize((3200, 2125)).save(tmp_path / "a.jpg")
+    upload = read_upload(tmp_path / "a.jpg")
+    box = NamedBox(1300, 300, 3100, 1900)
+    (annotation,) = segmenter.fill(upload, [box]).coco()["annotations"]
+    assert annotation["segmentation"]["size"] == [2125, 3200]
+    y, x = np.nonzero(decode_segmentation(annotation["segmentation"], 2125, 3200))
+    assert x.min() > 1290 and x.max() < 3110 and y.min() > 290 and y.max() < 1910
+    assert annotation["area"] == len(x) and annotation["bbox"] == [1300, 300, 1800, 1600]
+    for found in segmenter.find(upload).coco()["annotations"]:
+        assert found["segmentation"]["size"] == [2125, 3200]
+
+
+def test_a_picture_of_nothing_has_no_objects_and_still_a_document(segmenter, tmp_path):
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
+    found = segmenter.find(read_upload(tmp_path / "a.png"))
+    assert found.coco(0.9)["annotations"] == []
+    assert found.drawn(0.9).size == (640, 480)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (3000, 1)])
+def test_thin_pictures_are_pictures(segmenter, tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "a.png")
+    upload = read_upload(tmp_path / "a.png")
+    segmenter.find(upload).drawn()
+    (annotation,) = segmenter.fill(upload, [NamedBox(0, 0, *map(float, size))]).annotations
+    assert annotation["segmentation"]["size"] == [size[1], size[0]]
+
+
+def test_a_model_that_is_not_there_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setenv("SIM_MODEL", "no/such-model")
+    with pytest.raises(SystemExit, match="SIM_MODEL=no/such-model"):
+        load_segmenter()
+
+
+def test_pickled_weights_are_not_loaded(segmenter, tmp_path):
+    segmenter.model.config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(OSError, match="safetensors"):
+        Segmenter(tmp_path)
