@@ -302,7 +302,7 @@ class Ours:
         targets = self.inputs.targets
         cells = box_cells(targets.boxes_G4, self.height, self.width, STRIDE)
         instance_V, features_BCHW = cells.pick(self.instance_GHW), self.inputs.teacher.mask_features_BCHW
-        self.generator.observe_confident_pixels(instance_V, cells, features_BCHW, targets.image_ids_G, targets.class_labels_G)
+        self.generator.observe_pixels(instance_V > CONFIDENT, cells, features_BCHW, targets.image_ids_G, targets.class_labels_G)
         self.bank.commit()
         return {"prototypes": self.bank.prototypes_KLC.clone()}
 

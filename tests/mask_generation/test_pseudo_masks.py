@@ -117,6 +117,49 @@ def test_collected_pixels_are_the_confident_ones_inside_the_box():
     assert torch.equal(bank._observed_pixels()[0], torch.eye(4)[0].expand(32, 4))
 
 
+def ground_pixels(bank):
+    pixels_MC, labels_M, _ = bank._observed_pixels()
+    return pixels_MC[labels_M == 1]
+
+
+@pytest.mark.parametrize("competition", [False, True])
+def test_background_is_learned_inside_the_box_where_the_instance_is_not(competition):
+    teacher, targets = square_scene()
+    targets.boxes_G4[:] = torch.tensor([16.0, 16.0, 64.0, 48.0])  # the object and as many cells of background, halved
+    bank = PrototypeBank(2, 3, 4)
+    PseudoMaskGenerator(bank, background_prototypes=True, pixel_competition=competition)(teacher, targets)
+    assert torch.equal(ground_pixels(bank), torch.eye(4)[1].expand(32, 4))
+
+
+def test_a_neighbour_inside_the_box_is_not_background():
+    teacher, targets = square_scene(num_images=1)
+    two = InstanceTargets(
+        torch.tensor([[16.0, 16.0, 48.0, 48.0], [0.0, 16.0, 64.0, 48.0]]), torch.tensor([0, 0]), torch.tensor([0, 0]), (64, 64), 1
+    )
+    aside = torch.full((1, 16, 16), -5.0)
+    aside[:, SQUARE, :4] = 5.0  # the second instance stands left of the first and its box reaches over it
+    joint = MaskPredictions(
+        torch.cat([teacher.mask_logits_NHW, aside]), torch.tensor([0, 1]), torch.ones(2), teacher.mask_features_BCHW
+    )
+    bank = PrototypeBank(2, 3, 4)
+    PseudoMaskGenerator(bank, background_prototypes=True, pixel_competition=True)(joint, two)
+    claimed = (ground_pixels(bank)[:, 0] > 0).sum()
+    assert len(ground_pixels(bank)) >= 32 and claimed <= 12  # of 64: the corners, where the first instance's claim fades
+
+
+def test_an_instance_that_is_seen_nowhere_gives_no_background():
+    teacher, targets = square_scene()
+    teacher.mask_logits_NHW[:] = -5.0
+    bank = PrototypeBank(2, 3, 4)
+    PseudoMaskGenerator(bank, background_prototypes=True)(teacher, targets)
+    assert len(ground_pixels(bank)) == 0
+
+
+def test_a_bank_without_room_for_backgrounds_is_refused():
+    with pytest.raises(ValueError, match="two classes for each"):
+        PseudoMaskGenerator(PrototypeBank(3, 2, 4), background_prototypes=True)
+
+
 def test_update_prototypes_false_collects_nothing():
     bank = PrototypeBank(1, 3, 4)
     PseudoMaskGenerator(bank)(*square_scene(), update_prototypes=False)

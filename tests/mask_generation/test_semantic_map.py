@@ -7,6 +7,7 @@ import references_mask_generation as reference
 import torch
 
 from sim_hf.mask_generation import PrototypeBank, semantic_probability_map
+from sim_hf.mask_generation.semantic_map import ClassSimilarity
 from sim_hf.structures import InstanceTargets
 
 
@@ -36,6 +37,26 @@ def test_values_by_hand():
     map_GHW = semantic_probability_map(features_BCHW, bank, make_targets([0], [0], 1))
     cosine_HW = torch.tensor([[1.0, 0.0], [math.sqrt(0.5), -math.sqrt(0.5)]])
     torch.testing.assert_close(map_GHW[0], (cosine_HW / 0.1).sigmoid())
+
+
+def test_background_moves_the_border_between_figure_and_ground_by_hand():
+    """Both pixels look like the class (cosine above 0); only one looks more like it than like its background."""
+    bank = PrototypeBank(2, 1, 2)  # class 1 is the background of class 0
+    bank.prototypes_KLC.copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    features_BCHW = torch.tensor([[[[4.0, 3.0]], [[3.0, 4.0]]]])
+    targets = make_targets([0], [0], 1)
+    plain = ClassSimilarity(features_BCHW, bank, targets).probability_maps()
+    torch.testing.assert_close(plain[0, 0], (torch.tensor([0.8, 0.6]) / 0.1).sigmoid())
+    against = ClassSimilarity(features_BCHW, bank, targets, background=True).probability_maps()
+    torch.testing.assert_close(against[0, 0], (torch.tensor([0.2, -0.2]) / 0.1).sigmoid())
+
+
+def test_background_without_prototypes_leaves_the_cosine():
+    bank = filled_bank(num_classes=6)
+    bank.prototypes_KLC[3:] = 0
+    features_BCHW, targets = torch.randn(2, bank.feature_dim, 4, 5), make_targets([1, 0, 1], [0, 2, 2], 2)
+    plain = ClassSimilarity(features_BCHW, bank, targets).similarity_PHW
+    assert torch.equal(ClassSimilarity(features_BCHW, bank, targets, background=True).similarity_PHW, plain)
 
 
 def test_class_without_prototypes_is_one_half_everywhere():

@@ -57,7 +57,7 @@ def build_bbtp(*, supervision, num_classes: int, feature_dim: int, steps: Callab
 
 def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callable[[float], int]) -> SIMCriterion:
     bank = PrototypeBank(
-        num_classes,
+        num_classes * (2 if supervision.background_prototypes else 1),
         supervision.num_prototypes,
         feature_dim,
         momentum=supervision.prototype_momentum,
@@ -69,6 +69,7 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         alpha=supervision.alpha,
         temperature=supervision.temperature,
         mu=supervision.mu,
+        background_prototypes=supervision.background_prototypes,
         pixel_competition=supervision.pixel_competition,
     )
     start = steps(supervision.pseudo_start)

@@ -59,11 +59,18 @@ class PixelCompetition:
         best_V, second_V = self.best_X.index_select(0, place_V), self.second_X.index_select(0, place_V)
         return pixel_share(score_V, torch.where(score_V == best_V, second_V, best_V))
 
+    def claimed(self, cells: BoxCells, image_ids_G: Tensor, threshold: float) -> Tensor:
+        """Where any instance of the image has a score above `threshold`, when all have entered -> (V,) bool"""
+        return self.best_X.index_select(0, self._places(cells, image_ids_G)) > threshold
+
     def _scores(self, cells: BoxCells, instance_V: Tensor, boxes_G4: Tensor, image_ids_G: Tensor) -> tuple[Tensor, Tensor]:
         """M_I * centrality, and the place of every cell in the grids of all images."""
-        height, width = self.grid_size
         score_V = instance_V * _centrality_of_cells(cells, boxes_G4, self.stride)
-        return score_V.nan_to_num_(0.0), (cells.spread(image_ids_G) * (height * width)).add_(cells.cells_V)
+        return score_V.nan_to_num_(0.0), self._places(cells, image_ids_G)
+
+    def _places(self, cells: BoxCells, image_ids_G: Tensor) -> Tensor:
+        height, width = self.grid_size
+        return (cells.spread(image_ids_G) * (height * width)).add_(cells.cells_V)
 
 
 def _centrality_of_cells(cells: BoxCells, boxes_G4: Tensor, stride: float) -> Tensor:

@@ -28,7 +28,9 @@ class PseudoMaskGenerator:
 
     Arguments: `alpha`, `high_range`, `low`, `confident` see `self_correction`; `temperature` is tau of Eq. 1, `mu` that of
     Eq. 6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an
-    instance. `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper).
+    instance. `background_prototypes` (not in the paper): the second half of the bank's classes are the backgrounds of the
+    first; they learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more
+    a pixel looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper).
     `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made inside the
     boxes only: outside, the box decides.
     """
@@ -43,7 +45,9 @@ class PseudoMaskGenerator:
         confident: float = 0.7,
         high_range: tuple[float, float] = (0.7, 0.8),
         low: float = 0.4,
+        background: float = 0.2,
         max_pixels_per_instance: int = 256,
+        background_prototypes: bool = False,
         pixel_competition: bool = False,
         chunk_size: int = 16,
     ) -> None:
@@ -51,6 +55,8 @@ class PseudoMaskGenerator:
             raise ValueError(
                 f"max_pixels_per_instance and chunk_size must be at least 1, got {max_pixels_per_instance} and {chunk_size}"
             )
+        if background_prototypes and bank.num_classes % 2:
+            raise ValueError(f"a bank with backgrounds has two classes for each of the data, got {bank.num_classes}")
         self.bank = bank
         self.alpha = alpha
         self.temperature = temperature
@@ -58,6 +64,8 @@ class PseudoMaskGenerator:
         self.confident = confident
         self.high_range = high_range
         self.low = low
+        self.background = background
+        self.background_prototypes = background_prototypes
         self.max_pixels_per_instance = max_pixels_per_instance
         self.pixel_competition = pixel_competition
         self.chunk_size = chunk_size
@@ -78,7 +86,13 @@ class PseudoMaskGenerator:
         weights_N = positive_mask_weights(boxes_N4, targets.boxes_G4, teacher.instance_ids_N, mu=self.mu)
         rows_GR = positives_by_instance(teacher.instance_ids_N, len(targets))
         # Semantic probability map (Eq. 1): what it is read from, once for all chunks.
-        similarity = ClassSimilarity(teacher.mask_features_BCHW, self.bank, targets, temperature=self.temperature)
+        similarity = ClassSimilarity(
+            teacher.mask_features_BCHW,
+            self.bank,
+            targets,
+            temperature=self.temperature,
+            background=self.background_prototypes,
+        )
         alpha_G = torch.where(self.bank.is_ready_K[targets.class_labels_G], self.alpha, 1.0)
         has_positives_G = teacher.instance_ids_N.bincount(minlength=len(targets)) > 0
         masks = masks_outside_of_boxes(has_positives_G, (height, width))
@@ -98,12 +112,19 @@ class PseudoMaskGenerator:
             labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
             cells, instance_V = of_part(part)
             semantic_V = similarity.probabilities(cells, part)
+            confident_V = instance_V > self.confident
+            # An instance that is seen nowhere says nothing about its surroundings.
+            ground_V = (instance_V < self.background) & cells.spread(cells.total(confident_V) > 0)
             if competition is not None:
                 share_V = competition.shares(cells, instance_V, targets.boxes_G4[part], image_ids_G)
                 semantic_V, instance_V = semantic_V * share_V, instance_V * share_V
+                ground_V &= ~competition.claimed(cells, image_ids_G, self.background)
             # Prototypes and their optimal-transport assignment: `bank.commit`, once per optimiser step.
             if update_prototypes:
-                self.observe_confident_pixels(instance_V, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
+                features_BCHW = teacher.mask_features_BCHW
+                self.observe_pixels(instance_V > self.confident, cells, features_BCHW, image_ids_G, labels_G)
+                if self.background_prototypes:
+                    self.observe_pixels(ground_V, cells, features_BCHW, image_ids_G, labels_G + self.bank.num_classes // 2)
             # Self-correction (Eq. 7).
             correct_cells(
                 semantic_V,
@@ -118,14 +139,14 @@ class PseudoMaskGenerator:
             )
         return masks
 
-    def observe_confident_pixels(
-        self, instance_V: Tensor, cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, class_labels_G: Tensor
+    def observe_pixels(
+        self, wanted_V: Tensor, cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, class_labels_G: Tensor
     ) -> None:
-        """Give the bank the pixels where M_I is above `confident`, at most `max_pixels_per_instance` of each instance."""
-        confident = (instance_V > self.confident).nonzero()[:, 0]
-        instances_M = cells.instances_V.index_select(0, confident)
+        """Give the bank the wanted pixels of these classes, at most `max_pixels_per_instance` of each instance."""
+        wanted = wanted_V.nonzero()[:, 0]
+        instances_M = cells.instances_V.index_select(0, wanted)
         chosen = evenly_spaced(instances_M, cells.num_instances, self.max_pixels_per_instance)
-        instances_M, cells_M = instances_M[chosen], cells.cells_V[confident[chosen]]
+        instances_M, cells_M = instances_M[chosen], cells.cells_V[wanted[chosen]]
         pixels_MC = features_BCHW.flatten(2)[image_ids_G[instances_M], :, cells_M]
         self.bank.observe(pixels_MC, class_labels_G[instances_M])
 

@@ -32,11 +32,24 @@ def semantic_probability_map(
 class ClassSimilarity:
     """What the semantic maps of a batch are read from: one map for each class of an image, however many its instances.
 
-    similarity_PHW: cosine of every cell with the nearest prototype of the class. pair_of_instance_G: the map of an instance.
+    similarity_PHW: cosine of every cell with the nearest prototype of the class; with `background`, minus that with the nearest
+    prototype of what surrounds the class. pair_of_instance_G: the map of an instance.
+
+    background (not in the paper): the second half of the bank's classes are the backgrounds of the first. All features of a
+    network tend to point the same way, so the cosine alone is above 0 nearly everywhere and M_S fills the box; the difference
+    has its 0 between figure and ground. A class whose background has no prototypes yet stays with the cosine.
     """
 
     @torch.no_grad()
-    def __init__(self, features_BCHW: Tensor, bank: PrototypeBank, targets: InstanceTargets, *, temperature: float = 0.1) -> None:
+    def __init__(
+        self,
+        features_BCHW: Tensor,
+        bank: PrototypeBank,
+        targets: InstanceTargets,
+        *,
+        temperature: float = 0.1,
+        background: bool = False,
+    ) -> None:
         if features_BCHW.dim() != 4 or features_BCHW.shape[1] != bank.feature_dim:
             raise ValueError(f"features must be (B, {bank.feature_dim}, H, W), got {tuple(features_BCHW.shape)}")
         if temperature <= 0:
@@ -45,12 +58,16 @@ class ClassSimilarity:
         pairs_G = targets.image_ids_G * bank.num_classes + targets.class_labels_G
         pairs_P, self.pair_of_instance_G = pairs_G.unique(return_inverse=True)
         images, counts = (pairs_P // bank.num_classes).unique_consecutive(return_counts=True)
-        prototypes_PLC = bank.prototypes_KLC[pairs_P % bank.num_classes]
+        classes_P = pairs_P % bank.num_classes
         self.similarity_PHW = torch.zeros(len(pairs_P), *features_BCHW.shape[-2:], device=features_BCHW.device)
-        sections = counts.tolist()
-        parts = zip(images.tolist(), prototypes_PLC.split(sections), self.similarity_PHW.split(sections), strict=True)
-        for image, prototypes_NLC, similarity_NHW in parts:
-            _similarity_to_nearest(features_BCHW[image], prototypes_NLC, similarity_NHW)
+        parts = zip(images.tolist(), *(rows.split(counts.tolist()) for rows in (classes_P, self.similarity_PHW)), strict=True)
+        for image, classes_N, similarity_NHW in parts:
+            _similarity_to_nearest(features_BCHW[image], bank.prototypes_KLC[classes_N], similarity_NHW)
+            if background:
+                ground_NHW = torch.zeros_like(similarity_NHW)
+                ground_NLC = bank.prototypes_KLC[classes_N + bank.num_classes // 2]
+                _similarity_to_nearest(features_BCHW[image], ground_NLC, ground_NHW)
+                similarity_NHW -= ground_NHW
 
     def probability_maps(self) -> Tensor:
         """M_S everywhere. -> (G, H, W)"""

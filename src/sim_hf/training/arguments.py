@@ -127,6 +127,10 @@ class SupervisionArguments:
     temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
     alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
     mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
+    background_prototypes: bool = field(
+        default=True,
+        metadata={"help": "Semantic map: more like its class than like what surrounds it, not just like it (not in the paper)."},
+    )
     pixel_competition: bool = field(
         default=True,
         metadata={"help": "Pseudo masks of instances whose boxes overlap share the pixels there (not in the paper)."},
