@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
 from factories import save_tiny_model
 from sim_hf.cli import main
+from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 
 
 def test_push_says_where_it_went(hub, run, capsys):
@@ -63,11 +66,54 @@ def test_push_space(hub, tmp_path):
     assert "app.py" in hub.files("ann/space", "spaces")
 
 
+def test_push_with_code_takes_the_files_of_the_model_along_and_no_others(hub, run):
+    assert main(["push", str(run), "ann/shapes", "--with-code"]) == 0
+    files = hub.files("ann/shapes")
+    assert {"configuration_sim.py", "modeling_sim.py", "image_processing_sim.py", "pipeline.py"} <= set(files)
+    assert "evil.py" not in files and files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    assert "trust_remote_code=True" in files["README.md"].decode()
+    assert main(["push", str(run), "ann/shapes"]) == 0
+    assert not any(name.endswith(".py") for name in hub.files("ann/shapes"))
+
+
+@pytest.mark.e2e
+def test_the_code_on_the_hub_works_where_only_transformers_is(hub, run, shapes, tmp_path):
+    main(["push", str(run), "ann/shapes", "--with-code", "--private"])
+    local = SIMForInstanceSegmentation.from_pretrained(run / "model")
+    picture = next((shapes / "images").iterdir())
+    inputs = SIMImageProcessor.from_pretrained(run / "model")(Image.open(picture).convert("RGB"), return_tensors="pt")
+    with torch.no_grad():
+        expected = local(inputs["pixel_values"], inputs["pixel_mask"])
+    program = f"""
+import sys
+sys.modules["sim_hf"] = None  # as if it were not installed
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
+
+model = AutoModelForInstanceSegmentation.from_pretrained("ann/shapes", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("ann/shapes", trust_remote_code=True)
+inputs = processor(Image.open({str(picture)!r}).convert("RGB"), return_tensors="pt")
+with torch.no_grad():
+    outputs = model(inputs["pixel_values"], inputs["pixel_mask"])
+torch.save([outputs.class_queries_logits, outputs.masks_queries_logits], {str(tmp_path / "out.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=user(hub, tmp_path), capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.equal(found[0], expected.class_queries_logits) and torch.equal(found[1], expected.masks_queries_logits)
+
+
+def user(hub, tmp_path):
+    """The environment of a user with the Hub's address and a token."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return environment | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer"}
+
+
 @pytest.mark.e2e
 def test_a_new_process_pushes_and_another_predicts_from_the_hub(hub, run, shapes, tmp_path):
     """Environment variables only, as on a user's machine."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer"}
+    environment = user(hub, tmp_path)
     command = [sys.executable, "-m", "sim_hf"]
     picture = next((shapes / "images").iterdir())
     for arguments in (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard, errors
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from sim_hf.evaluation.prediction import names_of
 from sim_hf.hub.allowed_files import CARD, CODE_FILES, MODEL_FILES, PICTURES, WEIGHTS, allowed_in
@@ -17,9 +18,10 @@ from sim_hf.hub.card_picture import SCENES_TEXT, SHEET_TEXT, run_sheet, scenes_p
 from sim_hf.hub.model_card import write_model_card
 from sim_hf.hub.repository import HubRepository
 from sim_hf.hub.run_facts import RunFacts, facts_of_run
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor, save_with_code
 
 logger = logging.getLogger(__name__)
+TASK = "instance-segmentation"  # its pipeline, which the package registers, goes along with the code
 PICTURE = "pictures/instances.jpg"
 REPLACED = re.compile(f"{WEIGHTS.pattern}|{PICTURES.pattern}|{CODE_FILES.pattern}")  # of an earlier push
 
@@ -73,31 +75,13 @@ def push_model(
     with tempfile.TemporaryDirectory() as staging:
         files: dict[str, Path | bytes] = dict(allowed_in(found.model, MODEL_FILES))
         if with_code:
-            save_with_code(model, processor, Path(staging))
+            save_with_code(staging, model, processor, pipelines={TASK: PIPELINE_REGISTRY.supported_tasks[TASK]["impl"]})
             files = dict(allowed_in(staging, re.compile(f"{MODEL_FILES.pattern}|{CODE_FILES.pattern}")))
         if own_card.is_file():
             files |= {CARD: own_card, **allowed_in(found.model, PICTURES)}
         else:
             files |= _written_card(repo_id, found, model, processor, license, with_code, card_pictures)
         return repository.commit(files, message, replaces=REPLACED)
-
-
-def save_with_code(model: SIMForInstanceSegmentation, processor: SIMImageProcessor, folder: Path) -> None:
-    """`save_pretrained`, with the files of `models/sim` beside the weights and the entries that let transformers find them."""
-    parts = {
-        type(model.config): "AutoConfig",
-        type(model): "AutoModelForInstanceSegmentation",
-        type(processor): "AutoImageProcessor",
-    }
-    before = {part: part._auto_class for part in parts}
-    try:
-        for part, auto_class in parts.items():
-            part.register_for_auto_class(auto_class)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    finally:
-        for part, auto_class in before.items():
-            part._auto_class = auto_class
 
 
 def _written_card(
