@@ -48,6 +48,7 @@ class InstanceSegmentationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+    image_processor: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +73,7 @@ class InstanceSegmentationPipeline(Pipeline):
             inputs = _with_boxes(inputs, boxes)
         if _is_one_image(inputs):
             return super().__call__(inputs, **kwargs)
-        results = super().__call__(_stream(inputs), **kwargs)
+        results: Any = super().__call__(_stream(inputs), **kwargs)
         # Lists are streamed, too, so that the bar moves; a pipeline gives a list for a list.
         if progress:
             results = tqdm(results, total=_length(inputs), desc=TASK, unit="image")
@@ -95,7 +96,7 @@ class InstanceSegmentationPipeline(Pipeline):
         image = _picture(record["image"], timeout)
         if record.get("boxes") is not None:
             return {"picture": image, "boxes": torch.as_tensor(record["boxes"], dtype=torch.float32).reshape(-1, 4)}
-        return dict(self.image_processor([image], return_tensors="pt"))  # pyright: ignore[reportOptionalCall]
+        return dict(self.image_processor([image], return_tensors="pt"))
 
     def _forward(
         self,
@@ -166,8 +167,13 @@ class InstanceSegmentationPipeline(Pipeline):
         return objects
 
     def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> Any:
-        (outputs,) = self.forward([self.preprocess(inputs, **preprocess_params)], **forward_params)
+        batch: Any = [self.preprocess(inputs, **preprocess_params)]
+        (outputs,) = self._outputs(batch, forward_params)
         return self.postprocess(outputs, **postprocess_params)
+
+    def _outputs(self, batch: Any, forward_params: dict) -> Any:
+        """`forward` of transformers is typed for one image."""
+        return self.forward(batch, **forward_params)
 
     def get_iterator(
         self,
@@ -189,7 +195,7 @@ class InstanceSegmentationPipeline(Pipeline):
 
         def results() -> Iterator[list[dict[str, Any]]]:
             for batch in loader:
-                for outputs in self.forward(batch, **forward_params):
+                for outputs in self._outputs(batch, forward_params):
                     yield self.postprocess(outputs, **postprocess_params)
 
         return _Stream(results, length)

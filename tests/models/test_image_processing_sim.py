@@ -293,11 +293,13 @@ def test_overlapping_masks_are_kept_and_boxes_are_tight():
 def test_empty_results_have_the_shapes_of_full_ones(mask):
     outputs = outputs_for([[] if mask is None else [mask]], [[] if mask is None else [0]], grid=(16, 16))
     (result,) = SIMImageProcessor().post_process_instance_segmentation(outputs, [(50, 40)], [(60, 48)])
+    assert result.pop("segments_info") == []
     assert {name: tuple(tensor.shape) for name, tensor in result.items()} == {
         "scores": (0,),
         "labels": (0,),
         "boxes": (0, 4),
         "masks": (0, 50, 40),
+        "segmentation": (50, 40),
     }
     assert result["masks"].dtype == torch.bool and result["labels"].dtype == torch.int64
 
@@ -332,3 +334,32 @@ def test_sizes_of_another_batch_are_refused(sizes, message):
         SIMImageProcessor().post_process_instance_segmentation(outputs, *sizes)
     with pytest.raises(ValueError, match="mask_threshold"):
         SIMImageProcessor().post_process_instance_segmentation(outputs, [(64, 64)], [(64, 64)], mask_threshold=1.0)
+
+
+def test_stock_habits_give_one_instance_a_pixel():
+    """`model(**inputs)` and `target_sizes`, as transformers' own processors have it; the best instance takes a pixel."""
+    left, most, middle = torch.full((16, 16), -9.0), torch.full((16, 16), -9.0), torch.full((16, 16), -9.0)
+    left[:, :8], most[:, :12], middle[4:8, 2:6] = 9.0, 9.0, 9.0
+    outputs = outputs_for([[left, most, middle]], [[0, 1, 2]], grid=(16, 16))
+    outputs.class_queries_logits[0, 1, -1], outputs.class_queries_logits[0, 2, -1] = 9.0, 9.5  # less and less sure
+    processor = SIMImageProcessor(size={"longest_edge": 64})
+    options = {"threshold": 0.0, "max_instances": 3, "mask_threshold": 0.5}
+    (result,) = processor.post_process_instance_segmentation(
+        outputs, target_sizes=[(128, 128)], overlap_mask_area_threshold=0.3, **options
+    )
+    (same,) = processor.post_process_instance_segmentation(outputs, [(128, 128)], [(64, 64)], **options)
+    assert torch.equal(result["masks"], same["masks"]) and len(result["masks"]) == 3  # overlaps are kept here
+    assert [(record["id"], record["label_id"]) for record in result["segments_info"]] == [(0, 0), (1, 1)]  # the third is hidden
+    assert result["segmentation"].shape == (128, 128)
+    assert set(result["segmentation"].unique().tolist()) == {-1, 0, 1}
+    assert torch.equal(result["segmentation"] == 0, result["masks"][0])
+    assert torch.equal(result["segmentation"] == 1, result["masks"][1] & ~result["masks"][0])
+    assert [record["score"] for record in result["segments_info"]] == pytest.approx(result["scores"][:2].tolist(), abs=1e-6)
+    # At the stock threshold of 0.8 the second, of which a third is seen, is left out as well.
+    (strict,) = processor.post_process_instance_segmentation(outputs, target_sizes=[(128, 128)], **options)
+    assert len(strict["segments_info"]) == 1 and len(strict["masks"]) == 3
+
+
+def test_without_a_size_of_the_image_there_is_no_mask_of_it():
+    with pytest.raises(ValueError, match="target_sizes"):
+        SIMImageProcessor().post_process_instance_segmentation(outputs_for([[]], [[]], grid=(16, 16)))

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "COCO mask and box AP of a model on a data set",
     "predict": "instances of pictures: overlays and a COCO results file",
     "label": "turn the boxes of a COCO file into masks",
+    "export": "a model as an ONNX file, for runtimes without PyTorch",
     "scenes": "write the generated photographs as a COCO folder",
     "push": "a trained model with its card to the Hugging Face Hub",
     "push-dataset": "COCO files and their pictures as a data set of the Hub",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.mask2former import modeling_mask2former
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
@@ -34,6 +35,11 @@ def multi_scale_deformable_attention(
     The same values as transformers' function of this name, in float32: half-precision coordinates are off by a good part
     of a cell. Cells outside a level count as zero.
     """
+    if torch.compiler.is_exporting():  # bilinear samples are an operation of every runtime, bags of rows are not
+        sampled_BND = modeling_mask2former.multi_scale_deformable_attention(
+            value_BMAD.float(), spatial_shapes, locations_BNALP2.float(), weights_BNALP.float()
+        )
+        return sampled_BND.to(value_BMAD.dtype)
     sums_BNAD = _DeformableAttention.apply(
         value_BMAD, locations_BNALP2.float().flatten(3, 4), weights_BNALP.float().flatten(3), spatial_shapes
     )

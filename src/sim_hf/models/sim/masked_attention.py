@@ -209,10 +209,12 @@ class SIMTransformerModule(Mask2FormerTransformerModule):
     ) -> Mask2FormerMaskedAttentionDecoderOutput:
         """prompt_boxes: (B, P, 4) xyxy pixels of the padded input, whose (height, width) is `input_size`."""
         states, positions, shapes = [], [], []
+        # Through the modules, not their weights: a device map that keeps weights elsewhere brings them when a module is called.
+        level_embed_LC = _rows(self.level_embed, mask_features.device)
         for level, feature_BCHW in enumerate(multi_scale_features):
             shape = (feature_BCHW.shape[2], feature_BCHW.shape[3])
             projected = self.input_projections[level](feature_BCHW).flatten(2)
-            states.append((projected + self.level_embed.weight[level][None, :, None]).permute(2, 0, 1))
+            states.append((projected + level_embed_LC[level][None, :, None]).permute(2, 0, 1))
             position = sine_position_embedding(
                 None if valid_BHW is None else downsample_valid(valid_BHW, shape),
                 shape,
@@ -223,8 +225,8 @@ class SIMTransformerModule(Mask2FormerTransformerModule):
             positions.append(position.flatten(2).permute(2, 0, 1))
             shapes.append(shape)
         batch_size = mask_features.shape[0]
-        query_features = self.queries_features.weight[:, None].expand(-1, batch_size, -1)
-        query_positions = self.queries_embedder.weight[:, None].expand(-1, batch_size, -1)
+        query_features = _rows(self.queries_features, mask_features.device)[:, None].expand(-1, batch_size, -1)
+        query_positions = _rows(self.queries_embedder, mask_features.device)[:, None].expand(-1, batch_size, -1)
         prompted_cells = None
         if prompt_boxes is not None:
             if self.box_prompt_encoder is None:
@@ -244,3 +246,7 @@ class SIMTransformerModule(Mask2FormerTransformerModule):
             output_auxiliary_masks=output_auxiliary_masks,
             output_attentions=output_attentions,
         )
+
+
+def _rows(embedding: nn.Embedding, device: torch.device) -> Tensor:
+    return embedding(torch.arange(embedding.num_embeddings, device=device))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -270,4 +270,6 @@ def _valid_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor | N
 
 
 # By this list of names pipeline("image-segmentation") decides whether to log an error; it does not look at what is registered.
-MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES.setdefault(SIMConfig.model_type, SIMForInstanceSegmentation.__name__)
+cast(dict[str, str], MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES).setdefault(
+    SIMConfig.model_type, SIMForInstanceSegmentation.__name__
+)

@@ -120,6 +120,9 @@ class SIMPixelLevelModule(nn.Module):
         super().__init__()
         self.freeze_batch_norm = config.freeze_batch_norm
         self.encoder = AutoBackbone.from_config(config.backbone_config)
+        # What checkpoints of a backbone may lack or have too much; transformers asks the parts of a model, and this is one.
+        self._keys_to_ignore_on_load_missing = self.encoder._keys_to_ignore_on_load_missing
+        self._keys_to_ignore_on_load_unexpected = self.encoder._keys_to_ignore_on_load_unexpected
         fold_batch_norms(self.encoder)
         if len(self.encoder.channels) != len(FEATURE_STRIDES):
             raise ValueError(
