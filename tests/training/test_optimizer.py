@@ -49,9 +49,11 @@ def test_norms_biases_and_embeddings_are_not_decayed(backbone):
             assert decay == 0.0, name
 
 
-def rates(schedule, warmup_steps, max_steps):
+def rates(schedule, warmup_steps, max_steps, restart_step=None):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = build_scheduler(optimizer, schedule=schedule, warmup_steps=warmup_steps, max_steps=max_steps)
+    scheduler = build_scheduler(
+        optimizer, schedule=schedule, warmup_steps=warmup_steps, max_steps=max_steps, restart_step=restart_step
+    )
     found = []
     for _ in range(max_steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -83,3 +85,7 @@ def test_a_run_that_is_all_warmup_does_not_divide_by_zero():
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="cosine, poly, constant, got 'linear'"):
         rates("linear", 0, 1)
+
+
+def test_a_restart_is_two_runs_one_after_the_other():
+    assert rates("cosine", 2, 11, restart_step=5) == [*rates("cosine", 2, 5), *rates("cosine", 2, 6)]

@@ -125,7 +125,10 @@ class SupervisionArguments:
         metadata={"help": "Prototypes receive mass by the share of pixels nearest to them (CPSL) instead of equal mass."},
     )
     temperature: float = field(default=0.1, metadata={"help": "tau of the semantic probability map (Eq. 1)."})
-    alpha: float = field(default=0.5, metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7)."})
+    alpha: float = field(
+        default=0.7,
+        metadata={"help": "Self-correction: 0 = semantic map only, 1 = instance map only (Eq. 7; the paper has 0.5)."},
+    )
     mu: float = field(default=5.0, metadata={"help": "Sharpness of positive mask weighting (Eq. 6)."})
     background_prototypes: bool = field(
         default=True,
@@ -139,10 +142,10 @@ class SupervisionArguments:
     paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
     second_phase: float = field(
-        default=0.4,
+        default=0.5,
         metadata={
             "help": "sim: when the teacher labels the training images once, small objects enlarged, to go on with these masks "
-            "(steps or fraction; 1 = never, as in the paper)."
+            "and a new cycle of the learning rate (steps or fraction; 1 = never, as in the paper)."
         },
     )
     teacher_momentum: float | None = field(

@@ -63,7 +63,7 @@ class MicroBatches:
             self.read(data.train, with_masks=with_masks)
 
     def read(self, rows: Any, *, with_masks: bool) -> None:
-        """Iterate over these rows from now on, in the same order and with the same augmentation: the same images, knowing more."""
+        """Iterate over these rows from now on, in the same order and with the same augmentation: they are the same images."""
         if self.sampler is None:
             raise ValueError("a stream cannot be exchanged: it has no order that other rows could follow")
         samples = indexed_samples(rows, self.arguments, self.processor, with_masks=with_masks, seed=self.seed)

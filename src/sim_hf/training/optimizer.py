@@ -38,9 +38,10 @@ def build_optimizer(
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, *, schedule: str, warmup_steps: int, max_steps: int
+    optimizer: torch.optim.Optimizer, *, schedule: str, warmup_steps: int, max_steps: int, restart_step: int | None = None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to 1 % or polynomial (power 0.9) decay, or constant."""
+    """Linear warm-up, then cosine to 1 % or polynomial (power 0.9) decay, or constant. With `restart_step` the same once more
+    from that step on: the first part ends where a run of its length would."""
     shapes = {
         "cosine": lambda progress: 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2,
         "poly": lambda progress: (1 - progress) ** 0.9,
@@ -50,8 +51,12 @@ def build_scheduler(
         raise ValueError(f"--lr_schedule must be one of {', '.join(shapes)}, got {schedule!r}")
 
     def factor(step: int) -> float:
+        start, end = (
+            (0, max_steps) if restart_step is None else (0, restart_step) if step < restart_step else (restart_step, max_steps)
+        )
+        step, length = step - start, end - start
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return shapes[schedule](min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+        return shapes[schedule](min(1.0, (step - warmup_steps) / max(1, length - warmup_steps)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

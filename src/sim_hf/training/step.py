@@ -59,8 +59,8 @@ class TrainingStep(nn.Module):
     teacher: None trains without one (then `criterion` must not need it). memory_bank: None switches copy-paste off.
     paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
     first paste. second_phase (set by the driver that starts it, see `training.second_phase`): the images bring masks of the
-    teacher, so it is only averaged, not asked, and nothing is pasted. box_prompts: the networks are also asked for the masks of the annotated boxes. state_dict() of this
-    module is the training state that lives beside the weights.
+    teacher, so it is only averaged, not asked, and nothing is pasted. box_prompts: the networks are also asked for the masks of
+    the annotated boxes. state_dict() of this module is the training state that lives beside the weights.
     """
 
     teacher: EMATeacher | None

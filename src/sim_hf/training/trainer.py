@@ -84,11 +84,13 @@ class Trainer:
             backbone_lr_multiplier=run.backbone_lr_multiplier,
             weight_decay=run.weight_decay,
         )
+        self.second_phase_step = self._second_phase_step()
         self.scheduler = build_scheduler(
             self.optimizer,
             schedule=run.lr_schedule,
             warmup_steps=steps_of(run.lr_warmup, run.max_steps),
             max_steps=run.max_steps,
+            restart_step=self.second_phase_step,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.batches = MicroBatches(
@@ -99,7 +101,6 @@ class Trainer:
             with_masks=self.with_masks,
             accelerator=self.accelerator,
         )
-        self.second_phase_step = self._second_phase_step()
         self.resumer = Resumer(self)
         self.best: dict = {"step": None, "value": -1.0}
         self.last_metrics: dict = {}
@@ -140,7 +141,11 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         while self.step.global_step < last:
-            if self.step.global_step >= self.second_phase_step and not self.step.second_phase:
+            if (
+                self.second_phase_step is not None
+                and self.step.global_step >= self.second_phase_step
+                and not self.step.second_phase
+            ):
                 stream = self.begin_second_phase()
             record = self.optimizer_step(stream)
             done = self.step.global_step
@@ -160,21 +165,21 @@ class Trainer:
             self.accelerator.end_training()
         return self.last_metrics
 
-    def _second_phase_step(self) -> int:
-        """Step at which the training images are labelled; the end of the run when they are not."""
+    def _second_phase_step(self) -> int | None:
+        """Step at which the training images are labelled; None when they are not."""
         start = steps_of(self.supervision.second_phase, self.run.max_steps)
         if self.supervision.supervision != "sim" or start >= self.run.max_steps:
-            return self.run.max_steps
+            return None
         if self.data.streaming:
             self.say("warning: a stream is not labelled by its teacher (--second_phase needs a data set that is not --streaming)")
-            return self.run.max_steps
+            return None
         return start
 
     def begin_second_phase(self) -> Iterator[list[dict]]:
         """Label the training images with the teacher, or read what it said before the run was interrupted -> the stream of
         the same images, with masks."""
         folder = self.output_dir / "second_phase"
-        if self.step.global_step > self.second_phase_step:
+        if self.step.global_step > (self.second_phase_step or 0):
             masks = read_masks(folder)
         else:
             assert self.step.teacher is not None  # build_step makes one
