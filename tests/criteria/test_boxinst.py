@@ -18,6 +18,7 @@ from synthetic_outputs import (
     price,
 )
 
+from sim_hf.criteria import base
 from sim_hf.criteria.base import linear_warmup
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.structures import MaskPredictions, box_masks
@@ -175,8 +176,10 @@ def test_a_batch_of_huge_logits_without_instances_prices_exactly_nothing():
     assert [losses[name].item() for name in KEYS[1:]] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("layers_of_a_call", [1, 3, 4])
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_all_layers_in_one_call_equal_a_call_for_each_layer(with_masks):
+def test_all_layers_in_few_calls_equal_a_call_for_each_layer(with_masks, layers_of_a_call, monkeypatch):
+    monkeypatch.setattr(base, "_CELLS_OF_A_CALL", layers_of_a_call * 3 * GRID[0] * GRID[1])
     targets = make_targets()
     if with_masks:
         targets.masks_GHW = torch.rand(3, *INPUT) > 0.5

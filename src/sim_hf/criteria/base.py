@@ -14,6 +14,8 @@ from torch import Tensor
 from sim_hf.losses import masked_bce_loss, masked_dice_loss
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
 
+_CELLS_OF_A_CALL = 2**21
+
 
 class MaskCriterion(Protocol):
     """The price of masks: one class for each supervision, chosen in `build.py`."""
@@ -61,9 +63,19 @@ def sum_over_layers(losses: Sequence[Tensor], num_instances: float) -> Tensor:
     return torch.stack([loss_N.sum() for loss_N in losses]).sum() / num_instances
 
 
-def joined(parts: Sequence[MaskPredictions]) -> MaskPredictions:
-    """Rows of several predictions of the same network, one after the other: terms that look at each row alone take all
-    decoder layers in one call."""
+def in_few_calls(students: Sequence[MaskPredictions]) -> list[MaskPredictions]:
+    """The same rows in the same order with small layers joined, for terms that look at each row alone: a call takes longer than
+    a small layer, and the copy that joins large ones takes memory."""
+    groups: list[list[MaskPredictions]] = []
+    for student in students:
+        if groups and sum(part.mask_logits_NHW.numel() for part in [*groups[-1], student]) <= _CELLS_OF_A_CALL:
+            groups[-1].append(student)
+        else:
+            groups.append([student])
+    return [_joined(group) for group in groups]
+
+
+def _joined(parts: Sequence[MaskPredictions]) -> MaskPredictions:
     if len(parts) == 1:
         return parts[0]
     return MaskPredictions(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sim_hf.criteria.base import grid_stride, joined, known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers
+from sim_hf.criteria.base import grid_stride, in_few_calls, known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers
 from sim_hf.criteria.matching_costs import projection_matching_cost
 from sim_hf.losses import (
     box_projections,
@@ -65,9 +65,9 @@ class BoxInstCriterion:
         num_instances: float,
         global_step: int,
     ) -> CriterionOutput:
-        student = joined(students)
-        height, width = student.mask_logits_NHW.shape[-2:]
-        stride = grid_stride(targets, student.mask_logits_NHW)
+        students = in_few_calls(students)
+        height, width = students[0].mask_logits_NHW.shape[-2:]
+        stride = grid_stride(targets, students[0].mask_logits_NHW)
         rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride)
         similarity_BEHW = color_similarity(
             images_BCHW,
@@ -84,17 +84,20 @@ class BoxInstCriterion:
             threshold=self.color_threshold,
             dilation=self.dilation,
         )
-        ids_N = student.instance_ids_N
-        box_only_N = (~targets.has_mask_G).float()[ids_N]
-        projection_N = projection_loss(student.mask_logits_NHW, rows_GH[ids_N], columns_GW[ids_N]) * box_only_N
-        pairwise_N = pairwise_loss(student.mask_logits_NHW, ids_N, edges) * box_only_N
+        box_only_G = (~targets.has_mask_G).float()
+        projection, pairwise = [], []
+        for student in students:
+            ids_N = student.instance_ids_N
+            loss_N = projection_loss(student.mask_logits_NHW, rows_GH[ids_N], columns_GW[ids_N])
+            projection.append(loss_N * box_only_G[ids_N])
+            pairwise.append(pairwise_loss(student.mask_logits_NHW, ids_N, edges) * box_only_G[ids_N])
         warmup = linear_warmup(global_step, self.pairwise_warmup_steps)
         losses = {
-            "loss_projection": self.projection_weight * projection_N.sum() / num_instances,
-            "loss_pairwise": self.pairwise_weight * warmup * pairwise_N.sum() / num_instances,
+            "loss_projection": self.projection_weight * sum_over_layers(projection, num_instances),
+            "loss_pairwise": self.pairwise_weight * warmup * sum_over_layers(pairwise, num_instances),
         }
         # Named on every batch, with and without masks: loggers of several ranks need the same keys.
-        bce, dice = known_mask_losses([student], masks_on_grid(targets, targets.has_mask_G, height, width), targets.has_mask_G)
+        bce, dice = known_mask_losses(students, masks_on_grid(targets, targets.has_mask_G, height, width), targets.has_mask_G)
         losses["loss_mask"] = self.mask_weight * sum_over_layers(bce, num_instances)
         losses["loss_dice"] = self.dice_weight * sum_over_layers(dice, num_instances)
         return CriterionOutput(losses)

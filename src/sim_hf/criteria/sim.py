@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sim_hf.criteria.base import joined, known_mask_losses, linear_warmup, masks_on_grid, sum_over_layers, zero_with_gradient
+from sim_hf.criteria.base import (
+    in_few_calls,
+    known_mask_losses,
+    linear_warmup,
+    masks_on_grid,
+    sum_over_layers,
+    zero_with_gradient,
+)
 from sim_hf.criteria.boxinst import BoxInstCriterion
 from sim_hf.mask_generation import PseudoMaskGenerator
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
@@ -61,7 +68,7 @@ class SIMCriterion(nn.Module):
         num_instances: float,
         global_step: int,
     ) -> CriterionOutput:
-        students = [joined(students)]  # every term looks at each row alone
+        students = in_few_calls(students)
         output = self.box_criterion(
             students, None, targets, images_BCHW, pixel_mask_BHW, num_instances=num_instances, global_step=global_step
         )
