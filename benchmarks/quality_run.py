@@ -23,8 +23,9 @@ from sim_hf.evaluation.results import write_results
 from sim_hf.structures import box_masks
 from sim_hf.training.arguments import SupervisionArguments, parse_arguments, read_config
 from sim_hf.training.periodic import draw_confident, given_boxes
-from sim_hf.training.pseudo_quality import pseudo_mask_quality
+from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
 from sim_hf.training.resume import run_identity
+from sim_hf.training.second_phase import FOLDER, read_masks
 from sim_hf.training.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "scripts" / "configs"
@@ -153,7 +154,10 @@ def training_image_quality(trainer: Trainer, limit: int = MEASURED_IMAGES) -> di
     box (its matched query), the pseudo mask where there are any, the box filled in; and the diagnostics of the former."""
     folder = Path(trainer.data_arguments.data[0])
     rows = load_coco(folder / "images", folder / "instances_train.json", with_masks=True)
-    pseudo = pseudo_mask_quality(trainer.step, rows, trainer.processor, limit=limit)
+    if trainer.step.second_phase:
+        pseudo = generated_mask_quality(rows, read_masks(trainer.output_dir / FOLDER), limit=limit)
+    else:
+        pseudo = pseudo_mask_quality(trainer.step, rows, trainer.processor, limit=limit)
     samples = SeededDataset(rows, EvalTransform(int(trainer.processor.size["longest_edge"]), with_masks=True))
     collate = DetectionCollator(trainer.processor.image_mean, trainer.processor.image_std)
     step = trainer.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from sim_hf.training.arguments import (
     SupervisionArguments,
 )
 from sim_hf.training.periodic import draw_confident, given_boxes, save_model_folder
-from sim_hf.training.pseudo_quality import pseudo_mask_quality
+from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
+from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
+from sim_hf.training.second_phase import generate_masks, read_masks
 from sim_hf.training.trainer import Trainer
 from sim_hf.visualization import contact_sheet
 
@@ -157,11 +160,24 @@ def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
         trial.optimizer_step(stream)
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times)  # the first steps warm up, and other programs may disturb some
-    steps = max(20, min(run.max_steps, int(0.92 * 60 * minutes / seconds)))
+    labelling = _labelling_seconds(trial)
+    steps = max(20, min(run.max_steps, int((0.92 * 60 * minutes - labelling) / seconds)))
     print(
         f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes"
     )
     return steps
+
+
+def _labelling_seconds(trial: Trainer, num_images: int = 6) -> float:
+    """What labelling all training images in the middle of the run will take, from a few of them."""
+    if trial.second_phase_step is None:
+        return 0.0
+    assert trial.step.teacher is not None
+    rows = [trial.data.train[index] for index in range(min(num_images, len(trial.data.train)))]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, trial.accelerator.autocast():
+        generate_masks(trial.step.teacher.model, trial.processor, rows, Path(folder))
+    return (time.perf_counter() - started) / len(rows) * len(trial.data.train)
 
 
 def _evaluate(trainer: Trainer, sheet: Path | None = None):
@@ -189,6 +205,8 @@ def _pseudo_quality(trainer: Trainer, options: DemoOptions) -> dict[str, float]:
         return {}
     folder = Path(folders[0])
     rows = load_coco(folder / "images", folder / "instances_train.json", with_masks=True)
+    if trainer.step.second_phase:
+        return generated_mask_quality(rows, read_masks(trainer.output_dir / SECOND_PHASE_FOLDER))
     return pseudo_mask_quality(trainer.step, rows, trainer.processor)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from factories import make_step, prime, tiny_model, tiny_processor, write_shapes
 from sim_hf.data import load_coco
-from sim_hf.training.pseudo_quality import pseudo_mask_quality
+from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,15 @@ def test_pseudo_masks_stand_beside_filled_boxes_and_nothing_is_learnt(rows):
 
 def test_a_supervision_without_pseudo_masks_gives_nothing(rows):
     assert pseudo_mask_quality(make_step(tiny_model(), "boxinst"), rows, tiny_processor(), limit=2) == {}
+
+
+def test_generated_masks_count_as_what_they_are_and_missing_ones_as_boxes(rows):
+    real = [list(row["objects"]["segmentation"]) for row in rows]
+    perfect = generated_mask_quality(rows, real, limit=6)
+    assert perfect["pseudo_mask_iou"] == 1.0 and perfect["instances"] == sum(len(masks) for masks in real[:6])
+    boxes = generated_mask_quality(rows, [[""] * len(masks) for masks in real], limit=6)
+    assert boxes["pseudo_mask_iou"] == boxes["filled_box_iou"] == perfect["filled_box_iou"] < 1
+    assert boxes["share_improved"] == 0
 
 
 @pytest.mark.gpu

@@ -26,13 +26,13 @@ from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks
 class PseudoMaskGenerator:
     """Makes the pseudo masks of a batch from the teacher's predictions and mask features.
 
-    Arguments: `alpha`, `high_range`, `low`, `confident` see `self_correction`; `temperature` is tau of Eq. 1, `mu` that of
-    Eq. 6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an
-    instance. `background_prototypes` (not in the paper): the second half of the bank's classes are the backgrounds of the
-    first; they learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more
-    a pixel looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper).
-    `chunk_size` instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made inside the
-    boxes only: outside, the box decides.
+    Arguments: `alpha`, `high_range`, `low`, `confident` see `self_correction`; `temperature` is tau of Eq. 1, `mu` that of Eq.
+    6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an instance.
+    `background_prototypes` (not in the paper): the second half of the bank's classes are the backgrounds of the first; they
+    learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more a pixel
+    looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the
+    pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes
+    nothing else. Both maps are made inside the boxes only: outside, the box decides.
     """
 
     def __init__(

@@ -1,12 +1,15 @@
-"""How good are SIM's pseudo masks on the training images? A measurement only: it reads masks that training never sees."""
+"""How good are SIM's masks of the training images? A measurement only: it reads masks that training never sees."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset
+from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset, decode_segmentation
 from sim_hf.structures import box_masks
 from sim_hf.training.step import TrainingStep
 
@@ -43,13 +46,34 @@ def pseudo_mask_quality(step: TrainingStep, rows, processor, *, limit: int = 64,
         ours += _iou(pseudo.probabilities_GHW[chosen_G] > 0.5, real_GHW[chosen_G]).tolist()
         filled += _iou(box_masks(targets.boxes_G4[chosen_G], height, width, stride), real_GHW[chosen_G]).tolist()
     step.train(was_training)
+    return _summary(ours, filled)
+
+
+def generated_mask_quality(rows, masks: Sequence[Sequence[str]], *, limit: int = 64) -> dict[str, float]:
+    """The same of the masks of the second phase (`training.second_phase`), in pixels of the images; instances that kept their
+    box count as the box filled in. rows: a data set loaded with masks, in the order of `masks`."""
+    ours, filled = [], []
+    for row, generated in zip(rows.select(range(min(limit, len(rows)))), masks, strict=False):
+        objects, size = row["objects"], (row["height"], row["width"])
+        for real, mask, (x, y, w, h) in zip(objects["segmentation"], generated, objects["bbox"], strict=True):
+            if not real:
+                continue
+            real_HW = decode_segmentation(real, *size, annotation_id=row["image_id"])
+            box_HW = np.zeros(size, dtype=bool)
+            box_HW[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)] = True
+            mask_HW = decode_segmentation(mask, *size, annotation_id=row["image_id"]) if mask else box_HW
+            for found, candidate_HW in ((ours, mask_HW), (filled, box_HW)):
+                found.append(float((candidate_HW & real_HW).sum() / max((candidate_HW | real_HW).sum(), 1)))
+    return _summary(ours, filled)
+
+
+def _summary(ours: list[float], filled: list[float]) -> dict[str, float]:
     if not ours:
         return {}
-    better = sum(a > b for a, b in zip(ours, filled, strict=True)) / len(ours)
     return {
         "pseudo_mask_iou": sum(ours) / len(ours),
         "filled_box_iou": sum(filled) / len(filled),
-        "share_improved": better,
+        "share_improved": sum(a > b for a, b in zip(ours, filled, strict=True)) / len(ours),
         "instances": float(len(ours)),
     }
 

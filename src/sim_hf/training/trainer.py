@@ -26,6 +26,7 @@ from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
+from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
 from sim_hf.training.second_phase import NO_MASK, LabelledRows, generate_masks, read_masks
 from sim_hf.training.sharding import fsdp_plugin, whole, whole_network
 from sim_hf.training.step import StepInputs
@@ -178,7 +179,7 @@ class Trainer:
     def begin_second_phase(self) -> Iterator[list[dict]]:
         """Label the training images with the teacher, or read what it said before the run was interrupted -> the stream of
         the same images, with masks."""
-        folder = self.output_dir / "second_phase"
+        folder = self.output_dir / SECOND_PHASE_FOLDER
         if self.step.global_step > (self.second_phase_step or 0):
             masks = read_masks(folder)
         else:
