@@ -64,6 +64,7 @@ $(INSTALLED): | $(PYTHON)
 	fi; \
 	"$${install[@]}" -r requirements.txt; \
 	"$${install[@]}" --no-deps --no-build-isolation --editable .
+	@$(PYTHON) tests/conformance/fetch.py
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
