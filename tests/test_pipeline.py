@@ -10,11 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from factories import NAMES, tiny_model, tiny_processor
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from transformers import pipeline
 
+from factories import NAMES, tiny_model, tiny_processor
 from sim_hf import InstanceSegmentationPipeline
 from sim_hf.labeling import masks_for_boxes
 
@@ -233,7 +233,9 @@ def test_image_segmentation_has_a_fitting_threshold_and_logs_no_error(pictures, 
         plain = pipeline("image-segmentation", model=str(tmp_path), device="cpu")
     assert caplog.text == ""
     assert plain._postprocess_params == {"threshold": 0.5}
-    assert pipeline("image-segmentation", model=str(tmp_path), device="cpu", threshold=0.7)._postprocess_params["threshold"] == 0.7
+    assert (
+        pipeline("image-segmentation", model=str(tmp_path), device="cpu", threshold=0.7)._postprocess_params["threshold"] == 0.7
+    )
     segments = plain(pictures[0], threshold=0.02, overlap_mask_area_threshold=0.1)
     assert segments and {entry["label"] for entry in segments} <= set(NAMES)
     areas = np.stack([np.asarray(entry["mask"]) for entry in segments])
