@@ -33,6 +33,7 @@ _HEIGHT = 400
 _QUEUE_LENGTH = 16
 _STATE_SECONDS, _SESSIONS = 1800, 50  # how long, and of how many visitors, the last result is kept for the slider
 _CLEAN_EVERY, _FILES_LIVE = 300, 3600  # seconds; longer than the longest wait in the queue
+# One picture at a time, whoever sends it: memory and threads are those of one request.
 _BUSY = {"concurrency_id": "network", "concurrency_limit": 1}
 _SHOW_RESULT = "() => document.querySelector('#{}').scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
 _CSS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "style.css")
@@ -145,7 +146,7 @@ def _boxes_tab(segmenter: Segmenter) -> None:
     button.click(fill, [canvas, name], result.outputs, api_visibility="private", show_progress_on=result.status, **_BUSY).then(
         None, js=_SHOW_RESULT.format("masks")
     )
-    put.click(paste, [canvas, text], [canvas, result.status], api_visibility="private", show_progress="hidden")
+    put.click(paste, [canvas, text], [canvas, result.status], api_visibility="private", show_progress="hidden", **_BUSY)
     canvas.upload(lambda: result.empty(), None, result.outputs, api_visibility="private", show_progress="hidden")
     canvas.clear(lambda: result.empty(), None, result.outputs, api_visibility="private", show_progress="hidden")
     choices = examples()
@@ -190,7 +191,7 @@ def _endpoints(segmenter: Segmenter) -> None:
             run lengths and a score for each box.
         """
         try:
-            instances = segmenter.fill(read_upload(_given(image)), parse_boxes(boxes), name[:60])
+            instances = segmenter.fill(read_upload(_given(image)), parse_boxes(boxes or ""), (name or "")[:60])
         except UploadError as error:
             raise gr.Error(str(error)) from None
         return instances.drawn(), instances.coco()

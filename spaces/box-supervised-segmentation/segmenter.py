@@ -111,9 +111,10 @@ class Segmenter:
         """One mask for each box, in their order. name: what is in boxes that have no name of their own."""
         start = time.perf_counter()
         boxes = boxes_inside(list(boxes), upload.size)
-        names = [box.name or name for box in boxes]
         label_of = {known.casefold(): label for label, known in self.names.items()}
-        labels = [label_of.get(name.casefold()) for name in names]
+        said = [box.name or name for box in boxes]
+        labels = [label_of.get(name.casefold()) for name in said]
+        names = [name if label is None else self.names[label] for name, label in zip(said, labels, strict=True)]
         boxes_n4 = torch.tensor([box.corners() for box in boxes]) * upload.scale
         found = masks_for_boxes(self.model, self.processor, upload.picture, boxes_n4, labels)
         masks = (found.mask(row) for row in range(len(found)))

@@ -55,10 +55,8 @@ class Upload:
 def read_upload(path: str | Path) -> Upload:
     """An uploaded file -> its picture. Raises `UploadError` for what is no picture, too large or broken."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            image = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError:
+        image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # an error where `restrict_pillow` was called
         raise UploadError(_too_many_pixels(MAX_PIXELS)) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise UploadError("This file is not a picture: please use a JPEG, PNG or WebP file.") from None

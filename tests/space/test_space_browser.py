@@ -10,14 +10,15 @@ from playwright.sync_api import expect, sync_playwright
 
 from example_pictures import FOLDER
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SCREENS = {
     "desktop": {"viewport": {"width": 1280, "height": 900}},
     "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2},
 }
-PATIENCE = 120_000  # ms, on a loaded machine
+PATIENCE = 300_000  # ms, on a loaded machine
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -71,14 +71,15 @@ def test_each_box_gets_one_mask_in_it_in_order(segmenter):
         assert (mask & truth).sum() / (mask | truth).sum() > 0.8
 
 
-def test_a_name_that_the_model_does_not_know_gets_an_id_of_its_own(segmenter):
+def test_a_name_gets_the_id_of_the_model_or_one_of_its_own(segmenter):
     upload = read_upload(FOLDER / "birds.jpg")
     found = segmenter.fill(
         upload, [NamedBox(10, 10, 100, 100, "unicorn"), NamedBox(10, 10, 90, 90), NamedBox(5, 5, 50, 50, "Bird")]
     )
-    assert found.names == ["unicorn", "object", "lorry"]
+    assert found.names == ["unicorn", "object", "bird"]
     ids = [annotation["category_id"] for annotation in found.annotations]
-    assert len(set(ids)) == 3 and not set(ids) & set(segmenter.category_ids.values())
+    assert ids[2] == segmenter.category_ids["bird"]
+    assert len(set(ids)) == 3 and not set(ids[:2]) & set(segmenter.category_ids.values())
 
 
 def test_masks_of_a_reduced_picture_have_the_size_of_the_sent_one(segmenter, tmp_path):

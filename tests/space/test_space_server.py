@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -23,6 +23,9 @@ BIRDS = FOLDER / "birds.jpg"
 LINES = "134, 37, 495, 397\n8, 342, 209, 465"
 MEMORY_MB = 300  # that a request may take beyond what the Space takes anyway
 QUEUE_LENGTH = 16
+PATIENCE = 600  # seconds, on a loaded machine
+
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +40,16 @@ def file_data(path="", url=None):
 
 
 def uploaded(server, content, name="a.png"):
-    answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": (name, content)}, timeout=60)
+    answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": (name, content)}, timeout=PATIENCE)
     return answer.json()[0] if answer.status_code == 200 else answer.status_code
 
 
 def answer_of(server, endpoint, data):
     """The last event of a raw call: ("complete" | "error", what came with it)."""
-    call = httpx.post(f"{server.url}/gradio_api/call/{endpoint}", json={"data": data}, timeout=60)
+    call = httpx.post(f"{server.url}/gradio_api/call/{endpoint}", json={"data": data}, timeout=PATIENCE)
     if call.status_code != 200:
         return "error", call.text
-    stream = httpx.get(f"{server.url}/gradio_api/call/{endpoint}/{call.json()['event_id']}", timeout=120).text
+    stream = httpx.get(f"{server.url}/gradio_api/call/{endpoint}/{call.json()['event_id']}", timeout=PATIENCE).text
     event, _, content = stream.strip().split("event: ")[-1].partition("\n")
     return event, json.loads(content.removeprefix("data: "))
 
@@ -127,7 +130,7 @@ def test_agents_find_and_call_both_as_tools(server, client):
     assert set(tools) == {"segment", "label"}
     assert "one for each, in the same order" in tools["label"].description
     assert "x1, y1, x2, y2" in tools["label"].inputSchema["properties"]["boxes"]["description"]
-    assert not label.isError and any('"annotations"' in getattr(part, "text", "") for part in label.content)
+    assert not label.isError and any("segmentation" in getattr(part, "text", "") for part in label.content)
     assert address.isError
 
 
@@ -174,10 +177,10 @@ def test_the_canvas_refuses_bombs_and_data_urls_too(server, client, bomb):
 def joined(server, number, data, session="test"):
     """Everything that the queue says to a job."""
     join = {"data": data, "fn_index": number, "session_hash": session}
-    answer = httpx.post(f"{server.url}/gradio_api/queue/join", json=join, timeout=60)
+    answer = httpx.post(f"{server.url}/gradio_api/queue/join", json=join, timeout=PATIENCE)
     if answer.status_code != 200:
         return answer.text
-    return httpx.get(f"{server.url}/gradio_api/queue/data", params={"session_hash": session}, timeout=120).text
+    return httpx.get(f"{server.url}/gradio_api/queue/data", params={"session_hash": session}, timeout=PATIENCE).text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_what_is_no_picture_is_refused_and_never_shown_as_a_page(server, client,
     with pytest.raises(AppError, match="not a picture"):
         client.predict(handle_file(tmp_path / name), 0.5, api_name="/segment")
     path = uploaded(server, content, name)
-    shown = httpx.get(f"{server.url}/gradio_api/file={path}")
+    shown = httpx.get(f"{server.url}/gradio_api/file={path}", timeout=PATIENCE)
     assert "html" not in shown.headers["content-type"] and "svg" not in shown.headers["content-type"]
 
 
@@ -223,14 +226,14 @@ def test_files_of_the_machine_are_not_served(server):
     space = FOLDER.parent
     inside = [space / "app.py", space / "README.md", space.parents[1] / "assets" / "sim-tiny" / "model.safetensors"]
     for path in ["/etc/passwd", "../../../../etc/passwd", "/proc/self/environ", *map(str, inside), f"{FOLDER}/../app.py"]:
-        answer = httpx.get(f"{server.url}/gradio_api/file={path}")
+        answer = httpx.get(f"{server.url}/gradio_api/file={path}", timeout=PATIENCE)
         assert answer.status_code in (403, 404), path
 
 
 def test_monitoring_and_unknown_endpoints_are_closed(server):
-    assert httpx.get(f"{server.url}/gradio_api/monitoring").status_code in (403, 404)
-    assert httpx.get(f"{server.url}/monitoring").status_code in (403, 404)
-    assert httpx.post(f"{server.url}/gradio_api/call/find", json={"data": [None, 0.5]}).status_code >= 400
+    assert httpx.get(f"{server.url}/gradio_api/monitoring", timeout=PATIENCE).status_code in (403, 404)
+    assert httpx.get(f"{server.url}/monitoring", timeout=PATIENCE).status_code in (403, 404)
+    assert httpx.post(f"{server.url}/gradio_api/call/nothing", json={"data": [None, 0.5]}, timeout=PATIENCE).status_code >= 400
 
 
 def test_what_the_picture_says_of_its_owner_does_not_come_out(client, tmp_path):
@@ -248,9 +251,9 @@ def test_what_the_picture_says_of_its_owner_does_not_come_out(client, tmp_path):
 def test_long_bodies_are_refused_declared_or_not(server):
     join = f"{server.url}/gradio_api/queue/join"
     body = b'{"data": ["' + b"x" * 6_000_000 + b'"]}'
-    assert httpx.post(join, content=body, timeout=60).status_code == 413
+    assert httpx.post(join, content=body, timeout=PATIENCE).status_code == 413
     try:
-        answer = httpx.post(join, content=(body[i : i + 100_000] for i in range(0, len(body), 100_000)), timeout=60)
+        answer = httpx.post(join, content=(body[i : i + 100_000] for i in range(0, len(body), 100_000)), timeout=PATIENCE)
         assert answer.status_code in (400, 413)
     except httpx.WriteError:
         pass  # hung up on while still sending
@@ -262,22 +265,20 @@ def test_a_flood_meets_a_bounded_queue_and_the_space_recovers(server, client, tm
     noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.jpg")
     path = uploaded(server, (tmp_path / "a.jpg").read_bytes(), "a.jpg")
-    body = {"data": [file_data(path), "10 10 900 900\n" * 20, ""]}
+    body = {"data": [file_data(path), "10 10 900 900\n" * 3, ""]}
 
     def call(_):
-        return httpx.post(f"{server.url}/gradio_api/call/label", json=body, timeout=60).status_code
+        return httpx.post(f"{server.url}/gradio_api/call/label", json=body, timeout=PATIENCE).status_code
 
     with ThreadPoolExecutor(25) as pool:
         codes = list(pool.map(call, range(50)))
     assert set(codes) == {200, 503}
     assert codes.count(200) < 50 - QUEUE_LENGTH
-    patient = threading.Event()
-    for _ in range(60):
+    deadline = time.monotonic() + PATIENCE
+    while True:
         try:
             client.predict(handle_file(BIRDS), 0.5, api_name="/segment")
-            break
+            return
         except Exception as error:
-            assert "full" in str(error)
-            patient.wait(2)
-    else:
-        pytest.fail("the queue stayed full")
+            assert "full" in str(error) and time.monotonic() < deadline
+            time.sleep(1)
