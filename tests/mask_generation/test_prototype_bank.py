@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sim_hf.mask_generation import PrototypeBank
+from sim_hf.mask_generation import PrototypeBank, prototype_bank
 from sim_hf.mask_generation.prototype_bank import _pixel_keys, nearest_shares
 
 
@@ -244,6 +244,31 @@ def test_collected_pixels_are_bounded_per_class():
     for _ in range(5):
         bank.observe(torch.randn(100, 4), torch.tensor([0] * 90 + [1] * 7 + [2] * 3))
     assert bank._observed_pixels()[1].bincount().tolist() == [20, 20, 15]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("padded_at_a_time", [1, 60, 150])
+def test_classes_in_parts_equal_all_classes_at_once(padded_at_a_time, balanced, monkeypatch):
+    labels_M = torch.repeat_interleave(torch.tensor([0, 2, 3, 6]), torch.tensor([3, 70, 20, 25]))
+    pixels_MC = torch.randn(len(labels_M), 8)
+    banks = []
+    for limit in (10**6, padded_at_a_time):
+        monkeypatch.setattr(prototype_bank, "_PADDED_AT_A_TIME", limit)
+        bank = PrototypeBank(7, 4, 8, balanced=balanced)
+        for turn in range(3):
+            bank.observe(pixels_MC.roll(turn, 1), labels_M)
+            bank.commit()
+        banks.append(bank)
+    at_once, in_parts = banks
+    torch.testing.assert_close(in_parts.prototypes_KLC, at_once.prototypes_KLC)
+    torch.testing.assert_close(in_parts.usage_KL, at_once.usage_KL)
+    assert torch.equal(in_parts.counts_KL, at_once.counts_KL)
+
+
+def test_parts_hold_whole_classes_and_small_ones_share_theirs():
+    labels_M = torch.repeat_interleave(torch.tensor([0, 1, 4, 5]), torch.tensor([1000, 1000, 5000, 100]))
+    parts = prototype_bank._parts_of_whole_classes(labels_M)
+    assert parts == [slice(0, 2000), slice(2000, 7000), slice(7000, 7100)]
 
 
 def test_bounded_choice_is_as_good_as_random():

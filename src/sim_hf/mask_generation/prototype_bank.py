@@ -17,6 +17,7 @@ from sim_hf.mask_generation.optimal_transport import sinkhorn_assignment
 _Observation = tuple[Tensor, Tensor, Tensor]  # pixels (M, C), class labels (M,), keys (M,)
 _SHORTEST_VECTOR = 1e-6  # the mean of opposite pixels has no direction
 _PIXELS_AT_A_TIME = 1024
+_PADDED_AT_A_TIME = 4096  # pixels, with the padding
 _MIX = -7046029254386353131  # 2**64 / golden ratio as int64: the multiplier of Fibonacci hashing
 
 
@@ -101,7 +102,7 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"expected {features_MC.shape[0]} class labels, got {tuple(class_labels_M.shape)}")
         device = self.prototypes_KLC.device
         pixels_MC, labels_M = features_MC.to(device, torch.float32), class_labels_M.to(device, torch.int64)
-        largest_M = pixels_MC.abs().amax(-1)  # a NaN wins every comparison
+        largest_M = _largest_entry(pixels_MC)
         usable_M = largest_M.isfinite() & (largest_M > 0)
         pixels_MC, labels_M = pixels_MC[usable_M], labels_M[usable_M]
         if len(labels_M) == 0:
@@ -123,15 +124,20 @@ class PrototypeBank(nn.Module):
             return
         kept = _canonical_selection(labels_M, keys_M, self.max_pixels_per_class)
         # Unit length only now, on the joint pixels in their canonical order: bit-equal however they were split.
-        classes_K, pixels_KMC, valid_KM = _group_by_class(_unit_length(pixels_MC[kept]), labels_M[kept])
+        pixels_MC, labels_M = _to_unit_length(pixels_MC[kept]), labels_M[kept]
         with torch.autocast(device_type=pixels_MC.device.type, enabled=False):
-            self._seed_new_classes(classes_K, pixels_KMC, valid_KM)
-            self._move_prototypes(classes_K, pixels_KMC, self._assign(classes_K, pixels_KMC, valid_KM))
+            for part in _parts_of_whole_classes(labels_M):
+                classes_K, pixels_KMC, valid_KM = _group_by_class(pixels_MC[part], labels_M[part])
+                self._seed_new_classes(classes_K, pixels_KMC, valid_KM)
+                self._move_prototypes(classes_K, pixels_KMC, self._assign(classes_K, pixels_KMC, valid_KM))
 
     def _observed_pixels(self) -> _Observation:
         """What this rank has collected, on the bank's device. -> pixels (M, C), class labels (M,), keys (M,)"""
         device = self.prototypes_KLC.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
+        if len(self._observed) == 1:
+            pixels_MC, labels_M, keys_M = self._observed[0]  # nothing to join, and no copy
+            return pixels_MC.to(device), labels_M.to(device), keys_M.to(device)
         parts = [(torch.zeros(0, self.feature_dim, device=device), none, none), *self._observed]
         pixels_MC, labels_M, keys_M = (torch.cat([part.to(device) for part in column]) for column in zip(*parts, strict=True))
         return pixels_MC, labels_M, keys_M
@@ -222,10 +228,15 @@ def nearest_shares(similarity_KML: Tensor, valid_KM: Tensor) -> Tensor:
     return (shares_KL + 1.0 / num_prototypes) / 2
 
 
-def _unit_length(pixels_MC: Tensor) -> Tensor:
-    """Pixels as unit vectors; divided by the largest entry first, so that no square leaves the range of float32."""
-    scaled_MC = pixels_MC / pixels_MC.abs().amax(-1, keepdim=True)
-    return scaled_MC / torch.linalg.vector_norm(scaled_MC, dim=-1, keepdim=True)
+def _largest_entry(pixels_MC: Tensor) -> Tensor:
+    """Of the absolute values, without making them -> (M,); NaN where there is one."""
+    return torch.maximum(pixels_MC.amax(-1), -pixels_MC.amin(-1))
+
+
+def _to_unit_length(pixels_MC: Tensor) -> Tensor:
+    """Pixels made unit vectors in place; divided by the largest entry first, so that no square leaves the range of float32."""
+    pixels_MC.div_(_largest_entry(pixels_MC)[:, None])
+    return pixels_MC.div_(torch.linalg.vector_norm(pixels_MC, dim=-1, keepdim=True))
 
 
 def _pixel_keys(pixels_MC: Tensor) -> Tensor:
@@ -253,9 +264,27 @@ def _canonical_selection(labels_M: Tensor, keys_M: Tensor, max_per_class: int) -
     return order[rank_M < max_per_class]
 
 
+def _parts_of_whole_classes(labels_M: Tensor) -> list[slice]:
+    """Pixels sorted by class, cut between classes: those of a part are padded to its largest class, so small classes share a
+    part and a large one has its own."""
+    parts: list[slice] = []
+    num_classes = largest = stop = 0
+    for size in labels_M.unique_consecutive(return_counts=True)[1].tolist():
+        num_classes, largest = num_classes + 1, max(largest, size)
+        if parts and num_classes * largest <= _PADDED_AT_A_TIME:
+            parts[-1] = slice(parts[-1].start, stop + size)
+        else:
+            parts.append(slice(stop, stop + size))
+            num_classes, largest = 1, size
+        stop += size
+    return parts
+
+
 def _group_by_class(pixels_MC: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels sorted by class -> classes present (K,), their pixels padded with zeros (K, M, C), which are real (K, M)."""
     classes_K, group_M, sizes_K = labels_M.unique_consecutive(return_inverse=True, return_counts=True)
+    if len(classes_K) == 1:  # nothing to pad, so no copy
+        return classes_K, pixels_MC[None], torch.ones(1, len(labels_M), dtype=torch.bool, device=labels_M.device)
     rank_M = torch.arange(len(labels_M), device=labels_M.device) - (sizes_K.cumsum(0) - sizes_K)[group_M]
     largest = int(sizes_K.max())
     pixels_KMC = pixels_MC.new_zeros(len(classes_K), largest, pixels_MC.shape[1])
