@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sim_hf.mask_generation import positive_mask_weighting
 from sim_hf.mask_generation.box_cells import box_cells
 from sim_hf.mask_generation.positive_mask_weighting import (
     instance_probabilities,
@@ -53,12 +54,14 @@ def test_no_boxes():
     assert len(cells.cells_V) == 0 and cells.total(torch.zeros(0)).shape == (0,)
 
 
+@pytest.mark.parametrize("positives_at_a_time", [1, 2, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_instance_probabilities_equal_the_whole_map(dtype):
+def test_instance_probabilities_equal_the_whole_map(dtype, positives_at_a_time, monkeypatch):
     boxes_G4, logits_NHW = random_boxes(), (torch.randn(35, 12, 10) * 4).to(dtype)
     logits_NHW[0] = torch.nan  # spoils its own instance only, and stands in for nobody else's missing positive
     instance_ids_N, weights_N = torch.randint(0, 19, (35,)), torch.rand(35)  # the last instance has no positive
     cells = box_cells(boxes_G4, 12, 10, 4.0)
+    monkeypatch.setattr(positive_mask_weighting, "_CELLS_AT_A_TIME", positives_at_a_time * len(cells.cells_V))
     map_V = instance_probabilities(logits_NHW, positives_by_instance(instance_ids_N, 20), weights_N, cells)
     expected_V = cells.pick(instance_probability_map(logits_NHW, weights_N, instance_ids_N, 20))
     assert torch.equal(map_V.isnan(), cells.spread(torch.arange(20) == instance_ids_N[0]))

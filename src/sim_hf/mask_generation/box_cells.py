@@ -27,6 +27,12 @@ class BoxCells:
         """What every cell finds in its instance's map; map g is that of instance g unless told otherwise. -> (V,)"""
         return maps_PHW.reshape(-1).index_select(0, self._places(map_of_instance_G))
 
+    def pick_each(self, maps_PHW: Tensor, map_of_instance_XG: Tensor) -> Tensor:
+        """`pick` for each of X choices of the instances' maps. -> (X, V)"""
+        height, width = self.grid_size
+        places_XV = map_of_instance_XG.index_select(1, self.instances_V).mul_(height * width).add_(self.cells_V)
+        return maps_PHW.reshape(-1).index_select(0, places_XV.flatten()).view(places_XV.shape)
+
     def paint(self, values_V: Tensor, maps_GHW: Tensor) -> None:
         """The inverse of `pick`: put the values into the instances' maps (contiguous, changed in place)."""
         maps_GHW.view(-1).scatter_(0, self._places(None), values_V)

@@ -1,7 +1,7 @@
 """Positive mask weighting: an instance's positives merged by how well their boxes fit (SIM, Eq. 6).
 
-Shape letters: N positives (several may share an instance), G instances, R positives of one instance, V cells inside the
-boxes, H W mask grid.
+Shape letters: N positives (several may share an instance), G instances, R positives of one instance, X some of them,
+V cells inside the boxes, H W mask grid.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sim_hf.mask_generation.box_cells import BoxCells
 from sim_hf.structures import box_iou_pairwise, boxes_of_shadows
+
+_CELLS_AT_A_TIME = 2**18  # of all positives together
 
 
 @torch.no_grad()
@@ -65,13 +67,17 @@ def instance_probabilities(mask_logits_NHW: Tensor, rows_GR: Tensor, weights_N: 
 
     rows_GR: `positives_by_instance`, for the instances of the cells.
     """
-    map_V = torch.zeros(len(cells.cells_V), device=mask_logits_NHW.device)
-    for rows_G in rows_GR.unbind(1):
-        is_given_G, rows_G = rows_G >= 0, rows_G.clamp(min=0)
-        probability_V = cells.pick(mask_logits_NHW, rows_G).float().sigmoid_()
-        probability_V = probability_V.mul_(cells.spread(weights_N[rows_G].float()))
+    num_cells = len(cells.cells_V)
+    map_V = torch.zeros(num_cells, device=mask_logits_NHW.device)
+    for rows_GX in rows_GR.split(max(_CELLS_AT_A_TIME // max(num_cells, 1), 1), dim=1):
+        rows_XG = rows_GX.T.clamp(min=0)
+        probability_XV = cells.pick_each(mask_logits_NHW, rows_XG).float().sigmoid_()
+        probability_XV.mul_(weights_N[rows_XG].float().index_select(1, cells.instances_V))
         # Not a weight of 0: the row that stands in for a missing one may hold a NaN.
-        map_V += probability_V.masked_fill_(~cells.spread(is_given_G), 0.0)
+        probability_XV.masked_fill_((rows_GX.T < 0).index_select(1, cells.instances_V), 0.0)
+        # One after the other: the order of the sum does not depend on how many are made at a time.
+        for probability_V in probability_XV:
+            map_V += probability_V
     return map_V
 
 

@@ -6,6 +6,8 @@ C channels, H W mask grid.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -98,8 +100,10 @@ class PseudoMaskGenerator:
         masks = masks_outside_of_boxes(has_positives_G, (height, width))
         parts = [slice(start, start + self.chunk_size) for start in range(0, len(targets), self.chunk_size)]
 
-        def of_part(part: slice) -> tuple[BoxCells, Tensor]:
-            """The cells of these instances, and M_I (Eq. 6) there."""
+        @lru_cache(maxsize=1)  # asked twice by a competition: a batch of one part makes them once
+        def of_part(start: int) -> tuple[BoxCells, Tensor]:
+            """The cells of the instances of a part, and M_I (Eq. 6) there."""
+            part = slice(start, start + self.chunk_size)
             cells = box_cells(targets.boxes_G4[part], height, width, stride)
             return cells, instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
 
@@ -107,10 +111,10 @@ class PseudoMaskGenerator:
         if self.pixel_competition:
             competition = PixelCompetition(targets.num_images, (height, width), stride, masks.probabilities_GHW.device)
             for part in parts:
-                competition.enter(*of_part(part), targets.boxes_G4[part], targets.image_ids_G[part])
+                competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
         for part in parts:
             labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
-            cells, instance_V = of_part(part)
+            cells, instance_V = of_part(part.start)
             semantic_V = similarity.probabilities(cells, part)
             confident_V = instance_V > self.confident
             # An instance that is seen nowhere says nothing about its surroundings.
