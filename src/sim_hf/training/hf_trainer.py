@@ -16,21 +16,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints, speed_metrics
 from transformers.training_args import OptimizerNames
 
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.models.sim import SIMForInstanceSegmentation
+from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import DataArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
 from sim_hf.training.checkpoint import verify, write_manifest
 from sim_hf.training.finite import check_finite, sum_over_ranks
+from sim_hf.training.hub_trainer import PushesWithCard
 from sim_hf.training.loaders import epoch_loader
 from sim_hf.training.optimizer import build_optimizer
 from sim_hf.training.sharding import refuse_fsdp
 from sim_hf.training.state_files import CheckpointError, load_state, save_state
 from sim_hf.training.step import StepInputs
+from sim_hf.training.step_diagnostics import step_diagnostics
 from sim_hf.training.teacher import EMATeacher
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,8 @@ TRAINING_STATE = "training_state"
 _ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
-class SIMTrainer(Trainer):
-    """`transformers.Trainer` with the losses, the teacher, the evaluation and the exact resume of this package.
+class SIMTrainer(PushesWithCard):
+    """`transformers.Trainer` with the losses, the teacher, the evaluation, the exact resume and the card of this package.
 
     train_dataset, eval_dataset: rows in the detection convention (`load_coco`, `load_detection_dataset`); transform and
     collator are made here. With a `data_collator` of your own, `train_dataset` must give what it takes, and it the batch of
@@ -103,6 +106,7 @@ class SIMTrainer(Trainer):
         self.step = build_step(model, image_processor, self.supervision, run).to(args.device)
         self._normalizers = None
         self._step_inputs: list[StepInputs] = []
+        self._last_output: tuple[StepInputs, CriterionOutput] | None = None
         self._step_losses: dict[str, float] = {}
         self._losses_since_log: dict[str, float] = {}
         self._steps_since_log = 0
@@ -176,6 +180,7 @@ class SIMTrainer(Trainer):
             raise ValueError("SIMTrainer.compute_loss gives no outputs; use sim_hf.evaluation to predict")
         with self.accelerator.autocast():  # the teacher too
             output = self.step(model, inputs["prepared"], self._normalizers)
+        self._last_output = (inputs["prepared"], output)
         for name, loss in output.losses.items():
             self._step_losses[name] = self._step_losses.get(name, 0.0) + float(loss.detach())
         # DDP averages over ranks, and the counts are of all ranks together.
@@ -200,9 +205,11 @@ class SIMTrainer(Trainer):
         self._steps_since_log += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every named loss, mean since the last line, to the Trainer's own."""
+        """Adds every named loss, mean since the last line, and the diagnostics of the last micro-batch to the Trainer's own."""
         if "loss" in logs and self._steps_since_log:
             logs |= {name: value / self._steps_since_log for name, value in self._losses_since_log.items()}
+            if self._last_output is not None:
+                logs |= step_diagnostics(*self._last_output)
             self._losses_since_log, self._steps_since_log = {}, 0
         super().log(logs, start_time)
 

@@ -26,7 +26,7 @@ class SIMConfig(Mask2FormerConfig):
     """
 
     model_type = "sim"
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - a list: transformers.Trainer adds another to it
         "mask_features",
         "auxiliary_logits",
         "encoder_last_hidden_state",
@@ -36,7 +36,7 @@ class SIMConfig(Mask2FormerConfig):
         "pixel_decoder_hidden_states",
         "transformer_decoder_hidden_states",
         "attentions",
-    )
+    ]
 
     freeze_batch_norm: bool = True
     category_ids: list[int] | None = None
