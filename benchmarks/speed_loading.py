@@ -22,6 +22,7 @@ from transformers import Mask2FormerImageProcessor
 from measuring import Row, compare, seconds
 from sim_hf import SIMImageProcessor
 from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset, load_coco, read_image, write_coco, write_scenes
+from sim_hf.data.augmentation import resize_pixels
 from sim_hf.data.collator import normalized
 from sim_hf.data.images import read_pixels
 
@@ -63,11 +64,15 @@ def loading_rows(
             repeats=repeats,
             note="without the normalisation and the planes, which the device makes; equal: then bit for bit the batches above",
         )
-        decoding = statistics.median(seconds(loading.decode) for _ in range(repeats)) / num_images
+        parts = [
+            statistics.median(seconds(part) for _ in range(repeats)) / num_images for part in (loading.decode, loading.resize)
+        ]
     rows = [row, bytes_row]
     for each in rows:
         each.ours_seconds, each.peer_seconds = each.ours_seconds / num_images, each.peer_seconds / num_images
-        each.note += f"; of ours, {decoding * 1000:.2f} ms an image are decoding, which both sides do"
+        each.note += (
+            f"; of ours, {parts[0] * 1000:.2f} ms an image are decoding and {parts[1] * 1000:.2f} ms resizing, a library's"
+        )
     return rows
 
 
@@ -93,7 +98,8 @@ class Loading:
             processor.image_mean, processor.image_std, size_divisor=SIZE_DIVISOR, as_bytes=True
         )
         self.pictures: datasets.Dataset = rows.select_columns(["image"])
-        height, width = (round(side * longest / max(picture_size)) for side in picture_size)
+        self.size = height, width = tuple(round(side * longest / max(picture_size)) for side in picture_size)
+        self.decoded: list[torch.Tensor] = []
         # Its size_divisor would stretch the picture to a multiple of 32; padding to one is what the batch needs.
         self.processor = Mask2FormerImageProcessor(
             size={"shortest_edge": min(height, width), "longest_edge": longest},
@@ -114,8 +120,12 @@ class Loading:
             self.peer_batch(start)
 
     def decode(self) -> None:
-        for row in self.pictures.with_format(None):
-            read_pixels(row["image"])
+        self.decoded = [read_pixels(self.samples.dataset[index]["image"]) for index in range(len(self.samples))]
+
+    def resize(self) -> None:
+        """What `decode` left, one at a time: the same memory again and again."""
+        for pixels in self.decoded:
+            resize_pixels(pixels, *self.size)
 
     def our_batch(self, start: int, collate: DetectionCollator | None = None) -> dict:
         stop = min(start + self.batch_size, len(self.samples))

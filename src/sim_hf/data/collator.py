@@ -49,16 +49,17 @@ class DetectionCollator:
             pixel_values = _new_memory((len(samples), height, width, 3), np.uint8).permute(0, 3, 1, 2)
         else:
             pixel_values = _new_memory((len(samples), 3, height, width), np.float32)
-        pixel_mask = torch.zeros(len(samples), height, width, dtype=torch.bool if self.as_bytes else torch.long)
+        pixel_mask = _new_memory((len(samples), height, width), np.bool_ if self.as_bytes else np.int64)
         for k, sample in enumerate(samples):
             h, w = sample["image"].shape[-2:]
             if self.as_bytes:
                 _put(sample["image"], pixel_values[k, :, :h, :w])
             else:
                 normalize(sample["image"], self.image_mean, self.image_std, out=pixel_values[k, :, :h, :w])
-            pixel_values[k, :, h:] = 0
-            pixel_values[k, :, :h, w:] = 0
             pixel_mask[k, :h, :w] = 1
+            for values in (pixel_values[k], pixel_mask[k]):
+                values[..., h:, :] = 0
+                values[..., :h, w:] = 0
         labels = [_label(sample, height, width) for sample in samples]
         return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
 
