@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from factories import save_tiny_model
@@ -44,6 +45,35 @@ def test_what_a_user_did_wrong_is_one_line(hub, run, monkeypatch, capsys, token,
     lines = capsys.readouterr().err.splitlines()
     assert any("sim-hf push: error:" in line and message in line for line in lines), lines
     assert not hub.repos
+
+
+def train(shapes, tmp_path, *more):
+    model = tmp_path / "start"
+    if not model.exists():
+        save_tiny_model(model)
+    fast = ["--batch_size", 2, "--max_steps", 2, "--eval_every", 0, "--image_size", 64, "--report_to", "none"]
+    options = ["--model", model, "--data", shapes, "--output_dir", tmp_path / "run", "--push_to_hub", "true", *fast, *more]
+    try:
+        return main(["train", *map(str, options)])
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_train_pushes_at_its_end_with_a_card_of_the_run(hub, shapes, tmp_path, monkeypatch, capsys):
+    assert train(shapes, tmp_path) == 2
+    assert "--push_to_hub needs --hub_model_id" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    assert train(shapes, tmp_path, "--hub_model_id", "ann/run") == 2
+    assert "may not write to ann/run" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    private = ["--hub_model_id", "ann/run", "--hub_private_repo", "true", "--hub_license", "mit"]
+    assert train(shapes, tmp_path, *private, "--stop_after", 1) == 0
+    assert "not pushed: the run was stopped at step 1 of 2" in capsys.readouterr().out
+    assert set(hub.files("ann/run")) == {".gitattributes"}
+    assert train(shapes, tmp_path, *private, "--resume", "auto") == 0
+    card = hub.files("ann/run")["README.md"].decode()
+    assert "license: mit" in card and "| steps | 2 of 2 |" in card and "## Results" in card and str(tmp_path) not in card
+    assert hub.repos["models", "ann/run"].private
 
 
 def test_push_dataset_takes_boxes_or_masks(hub, shapes, capsys):

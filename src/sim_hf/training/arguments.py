@@ -190,6 +190,13 @@ class RunArguments:
         default="teacher", metadata={"help": "Weights that are evaluated and exported: teacher (EMA) or student."}
     )
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch (default: torch's)."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "At the end, push the model with its card to --hub_model_id (as `sim-hf push` does)."}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "owner/name of the repository to push to."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Push to a private repository only."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to (default: main)."})
+    hub_license: str | None = field(default=None, metadata={"help": "Licence of the weights: apache-2.0, cc-by-nc-4.0, ..."})
 
 
 ArgumentGroups = tuple[ModelArguments, DataArguments, SupervisionArguments, RunArguments]
@@ -275,6 +282,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         )
     if run.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1, got {run.max_steps}")
+    if run.push_to_hub and not run.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id owner/name")
     if run.export not in ("teacher", "student"):
         raise ValueError(f"--export must be teacher or student, got {run.export!r}")
     if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):

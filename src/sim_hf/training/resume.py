@@ -24,6 +24,7 @@ from sim_hf.training.state_files import load_state, save_state
 FREE_OPTIONS = {
     "output_dir", "resume", "stop_after", "log_every", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints",
     "report_to", "num_workers", "num_threads", "export",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license",
 }  # fmt: skip
 
 
