@@ -142,10 +142,10 @@ class SupervisionArguments:
     paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
     second_phase: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "sim: when the teacher labels the training images once, small objects enlarged, to go on with these masks "
-            "and a new cycle of the learning rate (steps or fraction; 1 = never, as in the paper)."
+            "and a new cycle of the learning rate (steps or fraction, such as 0.5; 1 = never, as in the paper)."
         },
     )
     teacher_momentum: float | None = field(
