@@ -36,6 +36,7 @@ _CLEAN_EVERY, _FILES_LIVE = 300, 3600  # seconds; longer than the longest wait i
 # One picture at a time, whoever sends it: memory and threads are those of one request.
 _BUSY = {"concurrency_id": "network", "concurrency_limit": 1}
 _SHOW_RESULT = "() => document.querySelector('#{}').scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
+take_uploads_only(gr.Image, uploaded_path)
 _CSS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "style.css")
 
 
@@ -258,7 +259,7 @@ def _table(found: Found, least_score: float) -> str:
 
 def _picture_input(label: str, visible: bool = True) -> gr.Image:
     """A picture as the path of an uploaded file."""
-    picture = gr.Image(
+    return gr.Image(
         label=label,
         type="filepath",
         image_mode=None,
@@ -268,8 +269,6 @@ def _picture_input(label: str, visible: bool = True) -> gr.Image:
         buttons=["fullscreen"],
         placeholder="JPEG, PNG or WebP, up to 10 MB",
     )
-    take_uploads_only(picture, uploaded_path)
-    return picture
 
 
 def _example_gallery() -> gr.Gallery:

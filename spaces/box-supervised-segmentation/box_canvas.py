@@ -13,7 +13,7 @@ from uploads import take_uploads_only, uploaded_path
 
 def box_canvas(label: str) -> image_annotator:
     """Gives {"image": path of the uploaded file, "boxes": list of NamedBox}, or None."""
-    canvas = image_annotator(
+    return image_annotator(
         label=label,
         image_type="filepath",
         sources=["upload", "clipboard"],
@@ -26,8 +26,6 @@ def box_canvas(label: str) -> image_annotator:
         show_share_button=False,
         elem_id="canvas",
     )
-    take_uploads_only(canvas, _drawn)
-    return canvas
 
 
 def annotated(path: str, boxes: list[NamedBox]) -> dict[str, Any]:
@@ -52,3 +50,6 @@ def _box(drawn: dict[str, Any]) -> NamedBox:
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise gr.Error("These boxes cannot be read.") from None
     return NamedBox(x1, y1, x2, y2, str(drawn.get("label") or "")[:60])
+
+
+take_uploads_only(image_annotator, _drawn)

@@ -90,20 +90,21 @@ def restrict_pillow() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def take_uploads_only(component: gr.components.Component, preprocess: Callable[[Any], Any]) -> None:
-    """The component hands what `preprocess` makes of its payload to the app, undecoded, and never fetches an address.
+def take_uploads_only(component: type[gr.components.Component], preprocess: Callable[[Any], Any]) -> None:
+    """Components of this class hand what `preprocess` makes of a payload to the app, undecoded, and never fetch an address.
 
-    Replaced on the instance, because gradio looks for a component's browser code beside the module of its class.
+    It replaces methods of the class. An instance would lose its own, as gradio makes a component anew from its class whenever a
+    handler updates it; a subclass would lose its page, as gradio looks for browser code beside the module of the class.
     """
     move_to_cache = component.async_move_resource_to_block_cache
 
-    async def move_files_to_cache(source: str | Path | None) -> str | None:
+    async def move_files_to_cache(self: gr.components.Component, source: str | Path | None) -> str | None:
         if source is not None and re.match(r"\s*[a-z+.-]+:", str(source), re.IGNORECASE):
             raise gr.Error("Please upload the picture itself: addresses are not fetched.")
-        return await move_to_cache(source)
+        return await move_to_cache(self, source)
 
     component.async_move_resource_to_block_cache = move_files_to_cache
-    component.preprocess = preprocess
+    component.preprocess = staticmethod(preprocess)
 
 
 def uploaded_path(payload: Any) -> str | None:

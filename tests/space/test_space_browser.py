@@ -145,7 +145,7 @@ def test_boxes_of_an_example_become_masks(page, snap):
     page.wait_for_timeout(1000)
     snap("6-masks")
     document = saved_document(page, "masks")
-    assert [annotation["bbox"] for annotation in document["annotations"]] == [[134, 37, 361, 360], [8, 342, 201, 123]]
+    assert [annotation["bbox"] for annotation in document["annotations"]] == [[100, 38, 360, 359], [9, 342, 199, 123]]
 
 
 def test_a_box_is_drawn_by_hand(page, snap):

@@ -20,7 +20,7 @@ from example_pictures import FOLDER
 from sim_hf.data import decode_segmentation
 
 BIRDS = FOLDER / "birds.jpg"
-LINES = "134, 37, 495, 397\n8, 342, 209, 465"
+LINES = "100, 38, 460, 397\n9, 342, 208, 465"
 MEMORY_MB = 300  # that a request may take beyond what the Space takes anyway
 QUEUE_LENGTH = 16
 PATIENCE = 600  # seconds, on a loaded machine
@@ -70,7 +70,7 @@ def test_segment_answers_with_a_picture_and_a_coco_document(client):
 def test_label_answers_with_a_mask_for_each_box(client):
     picture, document = client.predict(handle_file(BIRDS), LINES, "bird", api_name="/label")
     assert Image.open(picture).size == (640, 640)
-    assert [annotation["bbox"] for annotation in document["annotations"]] == [[134, 37, 361, 360], [8, 342, 201, 123]]
+    assert [annotation["bbox"] for annotation in document["annotations"]] == [[100, 38, 360, 359], [9, 342, 199, 123]]
 
 
 def test_label_takes_a_coco_document_and_its_names(client):
@@ -128,7 +128,7 @@ def test_agents_find_and_call_both_as_tools(server, client):
 
     tools, label, address = asyncio.run(talk())
     assert set(tools) == {"segment", "label"}
-    assert "one for each, in the same order" in tools["label"].description
+    assert "one for each box, in the same order" in tools["label"].description
     assert "x1, y1, x2, y2" in tools["label"].inputSchema["properties"]["boxes"]["description"]
     assert not label.isError and any("segmentation" in getattr(part, "text", "") for part in label.content)
     assert address.isError
@@ -172,6 +172,18 @@ def test_the_canvas_refuses_bombs_and_data_urls_too(server, client, bomb):
         stream = joined(server, number, [canvas, ""])
         assert "webp" not in stream and "root:" not in stream and "Traceback" not in stream
     assert server.memory("VmHWM") - before < MEMORY_MB
+
+
+def test_the_canvas_keeps_its_guard_after_a_handler_has_updated_it(server, client, bomb):
+    """gradio makes a component anew from its class when a handler updates it, also when it updates nothing."""
+    numbers = {d["api_name"]: d["id"] for d in client.config["dependencies"]}
+    boxes = [{"xmin": 1, "ymin": 1, "xmax": 99, "ymax": 99}]
+    picture = uploaded(server, BIRDS.read_bytes(), "birds.jpg")
+    canvas = {"image": file_data(picture), "boxes": boxes, "orientation": 0}
+    assert "no boxes yet" in joined(server, numbers["paste"], [canvas, ""], session="updated")
+    assert "1 object in" in joined(server, numbers["fill"], [canvas, ""], session="updated")
+    canvas = {"image": file_data(uploaded(server, bomb(14_000, 14_000).read_bytes())), "boxes": boxes, "orientation": 0}
+    assert "This picture is too large" in joined(server, numbers["fill"], [canvas, ""], session="updated")
 
 
 def joined(server, number, data, session="test"):
