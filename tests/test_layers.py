@@ -18,10 +18,10 @@ LAYERS = [
     {"hub"},  # a trainer pushes its model with a card
     {"labeling"},  # the second phase of a training labels its images
     {"training"},
-    {"pipeline", "label_file", "prediction", "demo"},
+    {"pipeline", "onnx_export", "label_file", "prediction", "demo"},
     {"cli"},
 ]
-SIBLINGS = {("label_file", "labeling")}  # labelling a file is a loop around labelling an image
+SIBLINGS: set[tuple[str, str]] = set()
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FRONT = {"__init__", "__main__"}  # the public face: may name anything
 
