@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from sim_hf.evaluation.diagnostics import collapse_warning, mask_diagnostics
+from sim_hf.evaluation.diagnostics import collapse_warning
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
 from sim_hf.training.assembly import build_data, build_model, build_step
@@ -30,6 +30,7 @@ from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
 from sim_hf.training.second_phase import NO_MASK, LabelledRows, generate_masks, read_masks
 from sim_hf.training.sharding import fsdp_plugin, whole, whole_network
 from sim_hf.training.step import StepInputs
+from sim_hf.training.step_diagnostics import step_diagnostics
 
 logger = logging.getLogger(__name__)
 
@@ -238,20 +239,12 @@ class Trainer:
             record.update(self._diagnose(inputs[-1], outputs[-1]))
         return record
 
-    @torch.no_grad()
     def _diagnose(self, inputs: StepInputs, output: CriterionOutput) -> dict[str, float]:
         """Mask-free diagnostics of the student's final positives (METHOD: fill, corner, centre, leak) and the criterion's."""
-        values = {name: float(value) for name, value in output.diagnostics.items()}
-        positives = output.positives
-        if positives is not None and len(positives.mask_logits_NHW):
-            stride = inputs.targets.input_size[0] / positives.mask_logits_NHW.shape[-2]
-            diagnostics = mask_diagnostics(
-                positives.mask_logits_NHW.sigmoid(), inputs.targets.boxes_G4[positives.instance_ids_N], stride
-            )
-            values.update({name: float(value) for name, value in diagnostics.items()})
-            warning = collapse_warning(diagnostics)
-            if warning:
-                self.say(f"step {self.step.global_step}: warning: {warning}")
+        values = step_diagnostics(inputs, output)
+        warning = collapse_warning(values) if "num_instances" in values else None
+        if warning:
+            self.say(f"step {self.step.global_step}: warning: {warning}")
         return values
 
     def log(self, record: dict[str, float]) -> None:
