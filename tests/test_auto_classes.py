@@ -18,12 +18,15 @@ from sim_hf.models.sim import save_with_code
 # A process in which the package, and what a ResNet model does not need, cannot be imported.
 ONLY_TRANSFORMERS = """
 import sys
-class Absent:
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("sim_hf", "timm", "pycocotools", "datasets"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-sys.path[:] = [path for path in sys.path if "/src" not in path]
+        hidden = name.split(".")[0] in ("sim_hf", "timm", "pycocotools", "datasets")
+        return None if hidden else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 """
 
 # Everything that somebody does with a folder; {trust} is how the calls say that they trust its code.
@@ -147,10 +150,11 @@ def test_a_model_with_code_loads_where_only_transformers_is_if_it_is_trusted(fol
         "try:\n    AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
         "except ValueError as refusal:\n    print('refused:', refusal)\n"
     )
-    code = ONLY_TRANSFORMERS + untrusted + USE.format(trust='{"trust_remote_code": True}')
+    hidden = "try:\n    import sim_hf\nexcept ImportError:\n    print('hidden')\n"
+    code = ONLY_TRANSFORMERS + hidden + untrusted + USE.format(trust='{"trust_remote_code": True}')
     said = run_fresh(code, root / "code", tmp_path / "result", tmp_path=tmp_path)
     assert_same(root, tmp_path / "result", outputs, "transformers_modules")
-    assert "refused:" in said and "trust_remote_code=True" in said
+    assert "hidden" in said and "refused:" in said and "trust_remote_code=True" in said
     assert "not supported" not in said and "run the custom code" not in said
 
 

@@ -3,22 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from factories import save_tiny_model, tiny_model, tiny_processor
+from factories import save_tiny_model, tiny_model
 from sim_hf.cli import main
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
-from sim_hf.onnx_export import OUTPUTS, export_program, input_size
-
-SIZE = (64, 96)
+from sim_hf.models.sim import SIMForInstanceSegmentation
+from sim_hf.onnx_export import OUTPUTS, export_program
 
 
 @pytest.fixture(scope="module")
-def inputs():
+def batches():
+    """Of one and of several images, of several sizes, with and without padding."""
     generator = torch.Generator().manual_seed(1)
-    pixel_mask = torch.ones(3, *SIZE, dtype=torch.int64)
-    pixel_mask[0, 40:], pixel_mask[2, :, 50:] = 0, 0
-    return torch.randn(3, 3, *SIZE, generator=generator), pixel_mask
+    made = []
+    for count, height, width, rows, columns in ((1, 64, 96, 64, 96), (3, 64, 96, 40, 70), (2, 128, 32, 100, 32)):
+        pixel_mask = torch.ones(count, height, width, dtype=torch.int64)
+        pixel_mask[-1, rows:], pixel_mask[-1, :, columns:] = 0, 0
+        made.append((torch.randn(count, 3, height, width, generator=generator), pixel_mask))
+    return made
 
 
 def expected_outputs(model, inputs):
@@ -27,8 +28,8 @@ def expected_outputs(model, inputs):
     return [outputs[name] for name in OUTPUTS]
 
 
-def test_the_network_compiles_into_one_graph(inputs):
-    model = tiny_model().eval()
+def test_the_network_compiles_into_one_graph(batches):
+    model, inputs = tiny_model().eval(), batches[1]
     expected = expected_outputs(model, inputs)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -37,46 +38,27 @@ def test_the_network_compiles_into_one_graph(inputs):
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "swin"])
-def test_the_exported_program_gives_the_same_for_any_number_of_images(inputs, backbone):
+def test_the_exported_program_gives_the_same_for_any_number_and_size_of_images(batches, backbone):
     model = tiny_model(backbone).eval()
-    program = export_program(model, SIZE).module()
-    for count in (1, 3):
-        batch = [x[:count] for x in inputs]
+    program = export_program(model).module()
+    for batch in batches:
         for found, number in zip(program(*batch), expected_outputs(model, batch), strict=True):
             torch.testing.assert_close(found, number, rtol=1e-4, atol=1e-4)
 
 
-def test_the_onnx_file_gives_the_masks_of_the_network(tmp_path, inputs):
+def test_the_onnx_file_gives_the_masks_of_the_network(tmp_path, batches):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     save_tiny_model(tmp_path / "model")
     path = tmp_path / "exported" / "model.onnx"
-    assert main(["export", str(tmp_path / "model"), "--output", str(path), "--width", "96"]) == 0
+    assert main(["export", str(tmp_path / "model"), "--output", str(path)]) == 0
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # the weights are in it
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["pixel_values", "pixel_mask"]
     assert [value.name for value in session.get_outputs()] == list(OUTPUTS)
 
     model = SIMForInstanceSegmentation.from_pretrained(tmp_path / "model")
-    for count in (1, 3):
-        batch = [x[:count] for x in inputs]
+    for batch in batches:
         found = session.run(None, {"pixel_values": batch[0].numpy(), "pixel_mask": batch[1].numpy()})
         for array, number in zip(found, expected_outputs(model, batch), strict=True):
             np.testing.assert_allclose(array, number.numpy(), rtol=1e-4, atol=1e-4)
-
-
-def test_every_resized_image_fits_into_the_default_size():
-    assert input_size(tiny_processor()) == (64, 64)
-    assert input_size(SIMImageProcessor(size={"shortest_edge": 800, "longest_edge": 1333})) == (1344, 1344)
-    assert input_size(SIMImageProcessor(size={"height": 100, "width": 65})) == (128, 96)
-    processor = SIMImageProcessor(size={"longest_edge": 250})
-    height, width = input_size(processor)
-    padded = processor([Image.new("RGB", size) for size in ((300, 200), (90, 400))], return_tensors="pt")["pixel_values"].shape
-    assert padded[2] <= height and padded[3] <= width
-    with pytest.raises(ValueError, match="no limit"):
-        input_size(SIMImageProcessor(size={"shortest_edge": 100}))
-
-
-def test_a_size_that_the_strides_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="multiples of 32, got 64 x 50"):
-        export_program(tiny_model(), (64, 50))

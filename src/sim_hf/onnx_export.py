@@ -2,8 +2,7 @@
 
 Everything that an image goes through between the image processor and the post-processing is in it: `pixel_values` (B, 3, H, W)
 float32 and `pixel_mask` (B, H, W) int64 go in, `class_queries_logits` (B, Q, K + 1) and `masks_queries_logits` (B, Q, H/4, W/4)
-come out. The number of images is free. Height and width are those of the file: smaller images stand in the padding, where
-`pixel_mask` is 0.
+come out, for any number of images, and any height and width that are multiples of 32.
 
 Shape letters: B images, Q queries, K classes, H W rows and columns of the padded input.
 """
@@ -15,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.sim import SIMForInstanceSegmentation
 
 INPUTS = ("pixel_values", "pixel_mask")
 OUTPUTS = ("class_queries_logits", "masks_queries_logits")
 OPSET = 18  # GridSample is in every runtime of it
+_STRIDE = 32  # of the coarsest map
+_FREE = {"batch": 1024, "rows_of_32": 256, "columns_of_32": 256}
 
 
 class _PlainOutputs(nn.Module):
@@ -32,42 +33,30 @@ class _PlainOutputs(nn.Module):
         return tuple(outputs[name] for name in OUTPUTS)
 
 
-def input_size(image_processor: SIMImageProcessor) -> tuple[int, int]:
-    """The (height, width) into which every image fits that this processor resizes."""
-    size = image_processor.size
-    lengths = (size.height, size.width) if size.height and size.width else (size.longest_edge, size.longest_edge)
-    if not all(lengths):
-        raise ValueError(f"the processor's size {dict(size)} has no limit, so give the height and width of the ONNX model")
-    divisor = image_processor.size_divisor
-    return -(-lengths[0] // divisor) * divisor, -(-lengths[1] // divisor) * divisor
-
-
-def export_program(model: SIMForInstanceSegmentation, size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The network on inputs of `size` (height, width), both multiples of 32, as torch.export's program."""
-    height, width = size
-    if height % 32 or width % 32 or min(size) < 32:
-        raise ValueError(f"height and width must be multiples of 32, got {height} x {width}")
+def export_program(model: SIMForInstanceSegmentation) -> torch.export.ExportedProgram:
+    """The network as torch.export's program, for any number of images and any height and width that are multiples of 32."""
     plain = _PlainOutputs(model).eval()
     device = next(model.parameters()).device
-    # Two images, the second with padding: one would be taken for a constant number, and no padding for none ever.
-    pixel_mask = torch.ones(2, height, width, dtype=torch.int64, device=device)
-    pixel_mask[1, height // 2 :] = 0
-    batch = {0: torch.export.Dim("batch", min=1)}
+    # Two images, the second with padding; a single one, or a square, would be taken for what always comes.
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64, device=device)
+    pixel_mask[1, 32:] = 0
+    batch, rows, columns = (torch.export.Dim(name, min=1, max=limit) for name, limit in _FREE.items())
+    shapes = {0: batch, 2: _STRIDE * rows, 3: _STRIDE * columns}
     with torch.no_grad():
         return torch.export.export(
             plain,
-            (torch.zeros(2, 3, height, width, device=device), pixel_mask),
-            dynamic_shapes=dict.fromkeys(INPUTS, batch),
+            (torch.zeros(2, 3, 64, 96, device=device), pixel_mask),
+            dynamic_shapes={"pixel_values": shapes, "pixel_mask": {0: batch, 1: shapes[2], 2: shapes[3]}},
             strict=False,
         )
 
 
-def export_onnx(model: SIMForInstanceSegmentation, path: str | Path, size: tuple[int, int]) -> None:
-    """Write the network as one .onnx file. size: (height, width) of its inputs (see `input_size`). Needs the extra `onnx`."""
+def export_onnx(model: SIMForInstanceSegmentation, path: str | Path) -> None:
+    """Write the network as one .onnx file. Needs the extra `onnx`."""
     was_training = model.training
     try:
         exported = torch.onnx.export(
-            export_program(model, size),
+            export_program(model),
             input_names=INPUTS,
             output_names=OUTPUTS,
             opset_version=OPSET,

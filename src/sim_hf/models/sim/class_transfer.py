@@ -43,7 +43,7 @@ def load_pretrained_for_classes(
         raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
     config = SIMConfig.from_pretrained(path, **{"category_ids": None, **overrides})
     adds_prompts = config.box_prompts and not SIMConfig.from_pretrained(path, category_ids=None).box_prompts
-    model: SIMForInstanceSegmentation = SIMForInstanceSegmentation.from_pretrained(
+    model: Any = SIMForInstanceSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, reinitialize=[".box_prompt_encoder."] if adds_prompts else ()
     )
     old_labels = {name.strip().lower(): label for label, name in (config.id2label or {}).items()}

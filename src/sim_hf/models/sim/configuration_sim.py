@@ -54,13 +54,17 @@ class SIMConfig(Mask2FormerConfig):
         # A stock Mask2Former checkpoint is one of ours; transformers would warn of the other name.
         if fields.get("model_type") == Mask2FormerConfig.model_type:
             fields["model_type"] = cls.model_type
+        return fields, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # A pipeline that came with the weights is for those who have none: for a task that is registered transformers would
         # still insist on running its code.
-        own = fields.get("custom_pipelines", {})
-        fields["custom_pipelines"] = {task: own[task] for task in own if task not in PIPELINE_REGISTRY.supported_tasks}
-        if not fields["custom_pipelines"]:
-            del fields["custom_pipelines"]
-        return fields, kwargs
+        pipelines = config_dict.get("custom_pipelines") or {}
+        if any(task in PIPELINE_REGISTRY.supported_tasks for task in pipelines):
+            kept = {task: entry for task, entry in pipelines.items() if task not in PIPELINE_REGISTRY.supported_tasks}
+            config_dict = {**config_dict, "custom_pipelines": kept}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_preset(

@@ -185,8 +185,8 @@ class SIMMaskedAttentionDecoder(Mask2FormerMaskedAttentionDecoder):
             masks_BPM |= prompted_BPM & ~masks_BPM.any(-1, keepdim=True)
         if valid_B1M is not None:
             inside_BTM = inside_BTM & valid_B1M
-        fallback_B1M = True if valid_B1M is None else valid_B1M
-        return torch.where(inside_BTM.any(-1, keepdim=True), inside_BTM, fallback_B1M)[:, None]
+        nowhere_BT1 = ~inside_BTM.any(-1, keepdim=True)
+        return (inside_BTM | (nowhere_BT1 if valid_B1M is None else nowhere_BT1 & valid_B1M))[:, None]
 
 
 class SIMTransformerModule(Mask2FormerTransformerModule):

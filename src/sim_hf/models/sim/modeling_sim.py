@@ -87,9 +87,10 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
         """
         if ignore_mismatched_sizes:
             reinitialize = (*reinitialize, "class_predictor.")
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         require_complete(str(pretrained_model_name_or_path), model, info, reinitialize=reinitialize)
         return (model, info) if output_loading_info else model
 
