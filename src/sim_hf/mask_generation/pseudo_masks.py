@@ -22,7 +22,7 @@ from sim_hf.mask_generation.positive_mask_weighting import (
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.mask_generation.self_correction import correct_cells, masks_outside_of_boxes
 from sim_hf.mask_generation.semantic_map import ClassSimilarity
-from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks
+from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks, box_iou_pairwise, boxes_of_shadows
 
 
 class PseudoMaskGenerator:
@@ -32,9 +32,10 @@ class PseudoMaskGenerator:
     6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an instance.
     `background_prototypes` (not in the paper): the second half of the bank's classes are the backgrounds of the first; they
     learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more a pixel
-    looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the
-    pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes
-    nothing else. Both maps are made inside the boxes only: outside, the box decides.
+    looks like its class than like those (see `ClassSimilarity`). `min_fit` (0 in the paper): see `drop_misfits`.
+    `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper). `chunk_size`
+    instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made inside the boxes only:
+    outside, the box decides.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PseudoMaskGenerator:
         high_range: tuple[float, float] = (0.7, 0.8),
         low: float = 0.4,
         background: float = 0.2,
+        min_fit: float = 0.0,
         max_pixels_per_instance: int = 256,
         background_prototypes: bool = False,
         pixel_competition: bool = False,
@@ -67,6 +69,7 @@ class PseudoMaskGenerator:
         self.high_range = high_range
         self.low = low
         self.background = background
+        self.min_fit = min_fit
         self.background_prototypes = background_prototypes
         self.max_pixels_per_instance = max_pixels_per_instance
         self.pixel_competition = pixel_competition
@@ -77,24 +80,15 @@ class PseudoMaskGenerator:
         """Pseudo masks on the mask grid. With `update_prototypes` the bank also collects this batch's confident pixels;
         they count from the bank's next `commit` on."""
         height, width = teacher.mask_logits_NHW.shape[-2:]
-        if teacher.mask_features_BCHW.shape[-2:] != (height, width):
-            raise ValueError(
-                f"masks and mask features must share a grid, got {(height, width)} and "
-                f"{tuple(teacher.mask_features_BCHW.shape[-2:])}"
-            )
+        _check_grids((height, width), tuple(teacher.mask_features_BCHW.shape[-2:]))
         stride = targets.input_size[0] / height
         # Positive mask weighting (Eq. 6): the weights.
         boxes_N4 = predicted_boxes(teacher.mask_logits_NHW, stride)
         weights_N = positive_mask_weights(boxes_N4, targets.boxes_G4, teacher.instance_ids_N, mu=self.mu)
         rows_GR = positives_by_instance(teacher.instance_ids_N, len(targets))
         # Semantic probability map (Eq. 1): what it is read from, once for all chunks.
-        similarity = ClassSimilarity(
-            teacher.mask_features_BCHW,
-            self.bank,
-            targets,
-            temperature=self.temperature,
-            background=self.background_prototypes,
-        )
+        options = {"temperature": self.temperature, "background": self.background_prototypes}
+        similarity = ClassSimilarity(teacher.mask_features_BCHW, self.bank, targets, **options)
         alpha_G = torch.where(self.bank.is_ready_K[targets.class_labels_G], self.alpha, 1.0)
         has_positives_G = teacher.instance_ids_N.bincount(minlength=len(targets)) > 0
         masks = masks_outside_of_boxes(has_positives_G, (height, width))
@@ -107,11 +101,10 @@ class PseudoMaskGenerator:
             cells = box_cells(targets.boxes_G4[part], height, width, stride)
             return cells, instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
 
-        competition = None
-        if self.pixel_competition:
-            competition = PixelCompetition(targets.num_images, (height, width), stride, masks.probabilities_GHW.device)
-            for part in parts:
-                competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
+        device = masks.probabilities_GHW.device
+        competition = PixelCompetition(targets.num_images, (height, width), stride, device) if self.pixel_competition else None
+        for part in parts if competition is not None else ():
+            competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
         for part in parts:
             labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
             cells, instance_V = of_part(part.start)
@@ -125,10 +118,10 @@ class PseudoMaskGenerator:
                 ground_V &= ~competition.claimed(cells, image_ids_G, self.background)
             # Prototypes and their optimal-transport assignment: `bank.commit`, once per optimiser step.
             if update_prototypes:
-                features_BCHW = teacher.mask_features_BCHW
-                self.observe_pixels(instance_V > self.confident, cells, features_BCHW, image_ids_G, labels_G)
-                if self.background_prototypes:
-                    self.observe_pixels(ground_V, cells, features_BCHW, image_ids_G, labels_G + self.bank.num_classes // 2)
+                self.observe_pixels(instance_V > self.confident, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
+            if update_prototypes and self.background_prototypes:
+                ground_labels_G = labels_G + self.bank.num_classes // 2
+                self.observe_pixels(ground_V, cells, teacher.mask_features_BCHW, image_ids_G, ground_labels_G)
             # Self-correction (Eq. 7).
             correct_cells(
                 semantic_V,
@@ -141,7 +134,16 @@ class PseudoMaskGenerator:
                 high_range=self.high_range,
                 low=self.low,
             )
+        self.drop_misfits(masks, targets.boxes_G4, stride)
         return masks
+
+    def drop_misfits(self, masks: PseudoMasks, boxes_G4: Tensor, stride: float) -> None:
+        """Trust nothing of an instance whose pseudo mask has not the extent of its box (IoU of its tight box below `min_fit`)."""
+        if self.min_fit > 0:
+            tight_G4 = boxes_of_shadows(masks.target_GHW.any(-1), masks.target_GHW.any(-2), stride)
+            misfits_G = box_iou_pairwise(tight_G4, boxes_G4.float()) < self.min_fit
+            masks.trusted_GHW[misfits_G] = False
+            masks.scores_G[misfits_G] = 0.0
 
     def observe_pixels(
         self, wanted_V: Tensor, cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, class_labels_G: Tensor
@@ -167,6 +169,11 @@ class PseudoMaskGenerator:
             "prototype_diversity": self.bank.diversity(),
             "prototype_usage_entropy": self.bank.usage_entropy(),
         }
+
+
+def _check_grids(of_masks: tuple[int, int], of_features: tuple[int, ...]) -> None:
+    if of_masks != of_features:
+        raise ValueError(f"masks and mask features must share a grid, got {of_masks} and {of_features}")
 
 
 def evenly_spaced(instances_V: Tensor, num_instances: int, max_pixels: int) -> Tensor:

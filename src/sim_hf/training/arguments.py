@@ -114,6 +114,10 @@ class SupervisionArguments:
     smoothness_weight: float = field(default=0.25, metadata={"help": "BBTP's smoothness; 0.05 of the tightness in the paper."})
     pseudo_weight: float = field(default=0.5, metadata={"help": "lambda_1, the pseudo mask loss."})
     pseudo_start: float = field(default=1 / 9, metadata={"help": "When the pseudo mask loss starts (steps or fraction)."})
+    pseudo_min_fit: float = field(
+        default=0.0,
+        metadata={"help": "Pseudo masks whose tight box has a lower IoU with the given box are dropped (BoxTeacher; paper: 0)."},
+    )
     pseudo_ramp: float = field(default=0.0, metadata={"help": "Linear ramp of the pseudo mask loss after its start."})
     num_prototypes: int = field(default=10, metadata={"help": "Prototypes per class (the paper's L)."})
     prototype_momentum: float = field(default=0.999, metadata={"help": "EMA of the prototypes (gamma)."})
@@ -139,7 +143,9 @@ class SupervisionArguments:
         metadata={"help": "Pseudo masks of instances whose boxes overlap share the pixels there (not in the paper)."},
     )
     paste_weight: float = field(default=1.0, metadata={"help": "lambda_2, the copy-paste loss; 0 switches pasting off."})
-    paste_probability: float = field(default=0.5, metadata={"help": "Share of the images that receive pasted instances."})
+    paste_probability: float = field(
+        default=0.0, metadata={"help": "Share of the images that receive pasted instances; the authors' code has 0.5."}
+    )
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
     second_phase: float = field(
         default=1.0,
