@@ -120,7 +120,7 @@ class SimStep:
     def __init__(self, model: SIMForInstanceSegmentation, case: Case, batch: dict, precision) -> None:
         processor = SIMImageProcessor.from_preset(case.preset)
         run = RunArguments(max_steps=100, batch_size=case.batch_size)
-        self.step = build_step(model, processor, SupervisionArguments(pseudo_start=0), run).train()
+        self.step = build_step(model, processor, SupervisionArguments(pseudo_start=0, paste_probability=0.5), run).train()
         self.model, self.batch, self.precision = model, batch, precision
         self.networks, self.added = 0.0, []
         assert self.step.teacher is not None

@@ -209,7 +209,7 @@ def make_arguments(data: Path, model: Path, output_dir: Path, *, supervision: st
         "log_every": 1,
         "lr_warmup": 0.0,
         "pseudo_start": 0.0,
-        "second_phase": 1.0,
+        "paste_probability": 0.5,
         "num_prototypes": 3,
         "scale_min": 0.9,
         "scale_max": 1.1,

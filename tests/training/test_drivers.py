@@ -44,7 +44,7 @@ def rows(data, tmp_path_factory):
 
 
 def supervision(name="sim", **options):
-    return SupervisionArguments(supervision=name, pseudo_start=0.0, num_prototypes=3, **options)
+    return SupervisionArguments(supervision=name, **{"pseudo_start": 0.0, "num_prototypes": 3, "paste_probability": 0.5, **options})
 
 
 def hf_arguments(folder, **options):

@@ -49,6 +49,7 @@ def options_of(supervision, **options):
         "pairwise_warmup": 0.5,
         "pseudo_start": 0.25,
         "second_phase": 0.75,
+        "paste_probability": 0.5,
         **options,
     }
 

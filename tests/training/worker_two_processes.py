@@ -45,7 +45,7 @@ def sim_trainer(folder: Path, output_dir: Path, *, batch_size: int) -> SIMTraine
     trainer = SIMTrainer(
         model=tiny_model(),
         args=arguments,
-        supervision=SupervisionArguments(pseudo_start=0.0, num_prototypes=3),
+        supervision=SupervisionArguments(pseudo_start=0.0, num_prototypes=3, paste_probability=0.5),
         image_processor=tiny_processor(),
         train_dataset=rows["train"],
         eval_dataset=rows["val"],
