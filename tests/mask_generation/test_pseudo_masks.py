@@ -132,7 +132,7 @@ def test_background_is_learned_inside_the_box_where_the_instance_is_not(competit
 
 
 def test_a_neighbour_inside_the_box_is_not_background():
-    teacher, targets = square_scene(num_images=1)
+    teacher, _ = square_scene(num_images=1)
     two = InstanceTargets(
         torch.tensor([[16.0, 16.0, 48.0, 48.0], [0.0, 16.0, 64.0, 48.0]]), torch.tensor([0, 0]), torch.tensor([0, 0]), (64, 64), 1
     )

@@ -44,7 +44,8 @@ def rows(data, tmp_path_factory):
 
 
 def supervision(name="sim", **options):
-    return SupervisionArguments(supervision=name, **{"pseudo_start": 0.0, "num_prototypes": 3, "paste_probability": 0.5, **options})
+    options = {"pseudo_start": 0.0, "num_prototypes": 3, "paste_probability": 0.5, **options}
+    return SupervisionArguments(supervision=name, **options)
 
 
 def hf_arguments(folder, **options):

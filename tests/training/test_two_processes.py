@@ -83,7 +83,8 @@ def test_two_ranks_of_the_command_equal_one_process_with_the_joint_batch(tmp_pat
     steps = [[any(index in with_objects for _, index in next(order)) for order in orders] for _ in range(3)]
     assert [True, False] in steps or [False, True] in steps
 
-    options = {"supervision": "sim", "max_steps": 3, "learning_rate": 1e-4, "eval_limit": 3, "second_phase": 0.67, "paste_probability": 0.5}
+    options = {"supervision": "sim", "max_steps": 3, "learning_rate": 1e-4, "eval_limit": 3}
+    options |= {"second_phase": 0.67, "paste_probability": 0.5}
     flags = {"data": data, "model": model, "output_dir": tmp_path / "two", "batch_size": 2, "report_to": "none", **options}
     flags |= {"pseudo_start": 0, "lr_warmup": 0, "num_prototypes": 3, "scale_min": 0.9, "scale_max": 1.1, "log_every": 1}
     flags |= {"eval_every": 0, "checkpoint_every": 0, "mixed_precision": "no"}
