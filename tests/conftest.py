@@ -17,6 +17,14 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _number_of_threads():
+    """What a program under test chose ends with its test: with a pool of threads, work in a forked process waits for ever."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Only loopback answers: a test that reaches further fails instead of hanging."""
     connect = socket.socket.connect

@@ -421,13 +421,14 @@ def test_kill_at_any_file_operation_of_a_save_leaves_a_valid_checkpoint(tmp_path
 def test_full_disk_says_so_and_leaves_the_previous_checkpoint(manager, limit):
     """A limit on the file size stands for a full disk; it needs no root."""
     message = manager.root.parent / "message"
+    state = {"w": torch.ones(50_000)}  # made here: torch's threads do not exist in a forked process
 
     def save() -> None:
         descriptor = os.open(message, os.O_WRONLY | os.O_CREAT)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            manager.save(2, lambda folder: save_state(folder / "training", {"w": torch.ones(50_000)}), metadata={})
+            manager.save(2, lambda folder: save_state(folder / "training", state), metadata={})
         except CheckpointError as error:
             os.write(descriptor, str(error).encode()[:limit])
             os._exit(3)
