@@ -101,10 +101,12 @@ class PseudoMaskGenerator:
             cells = box_cells(targets.boxes_G4[part], height, width, stride)
             return cells, instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
 
-        device = masks.probabilities_GHW.device
-        competition = PixelCompetition(targets.num_images, (height, width), stride, device) if self.pixel_competition else None
-        for part in parts if competition is not None else ():
-            competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
+        competition = None
+        if self.pixel_competition:
+            competition = PixelCompetition(targets.num_images, (height, width), stride, alpha_G.device)
+        if competition is not None:
+            for part in parts:
+                competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
         for part in parts:
             labels_G, image_ids_G = targets.class_labels_G[part], targets.image_ids_G[part]
             cells, instance_V = of_part(part.start)
@@ -118,10 +120,8 @@ class PseudoMaskGenerator:
                 ground_V &= ~competition.claimed(cells, image_ids_G, self.background)
             # Prototypes and their optimal-transport assignment: `bank.commit`, once per optimiser step.
             if update_prototypes:
-                self.observe_pixels(instance_V > self.confident, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
-            if update_prototypes and self.background_prototypes:
-                ground_labels_G = labels_G + self.bank.num_classes // 2
-                self.observe_pixels(ground_V, cells, teacher.mask_features_BCHW, image_ids_G, ground_labels_G)
+                wanted = (instance_V > self.confident, ground_V)
+                self.observe(wanted, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
             # Self-correction (Eq. 7).
             correct_cells(
                 semantic_V,
@@ -144,6 +144,15 @@ class PseudoMaskGenerator:
             misfits_G = box_iou_pairwise(tight_G4, boxes_G4.float()) < self.min_fit
             masks.trusted_GHW[misfits_G] = False
             masks.scores_G[misfits_G] = 0.0
+
+    def observe(
+        self, wanted: tuple[Tensor, Tensor], cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, labels_G: Tensor
+    ) -> None:
+        """Give the bank the pixels of figure and, where it has backgrounds, of ground (two masks of the cells)."""
+        figure_V, ground_V = wanted
+        self.observe_pixels(figure_V, cells, features_BCHW, image_ids_G, labels_G)
+        if self.background_prototypes:
+            self.observe_pixels(ground_V, cells, features_BCHW, image_ids_G, labels_G + self.bank.num_classes // 2)
 
     def observe_pixels(
         self, wanted_V: Tensor, cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, class_labels_G: Tensor
