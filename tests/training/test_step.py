@@ -63,7 +63,7 @@ def test_gradient_does_not_depend_on_the_split_into_micro_batches(supervision):
 @pytest.mark.parametrize("micro_size", [8, 2])
 def test_everything_ticks_once_per_optimizer_step(micro_size):
     model = tiny_model().train()
-    step = prime(make_step(model))
+    step = prime(make_step(model, alpha=0.5))  # of an untrained network few masks are usable otherwise
     counts_KL, images = step.prototype_bank.counts_KL.clone(), len(step.memory_bank)
     backward_all(step, model, split_batch(make_batch(8), micro_size))
     assert len(step.memory_bank) == images  # staged, not yet to be drawn
