@@ -60,20 +60,26 @@ def test_a_size_that_the_strides_do_not_divide_is_refused():
         export_program(tiny_model(), (64, 50))
 
 
+def test_a_network_of_windows_needs_a_size():
+    with pytest.raises(ValueError, match="give the size"):
+        export_program(tiny_model("swin"))
+
+
 @pytest.mark.e2e
-def test_the_onnx_file_gives_the_masks_of_the_network(tmp_path, batches):
+@pytest.mark.parametrize("size", [["--size", "64", "96"], pytest.param([], marks=pytest.mark.e2e)], ids=["one size", "any size"])
+def test_the_onnx_file_gives_the_masks_of_the_network(tmp_path, batches, size):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     save_tiny_model(tmp_path / "model", decoder_layers=2)
     path = tmp_path / "exported" / "model.onnx"
-    assert main(["export", str(tmp_path / "model"), "--output", str(path)]) == 0
+    assert main(["export", str(tmp_path / "model"), "--output", str(path), *size]) == 0
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # the weights are in it
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["pixel_values", "pixel_mask"]
     assert [value.name for value in session.get_outputs()] == list(OUTPUTS)
 
     model = SIMForInstanceSegmentation.from_pretrained(tmp_path / "model")
-    for batch in batches:
+    for batch in batches[:2] if size else batches:
         found = session.run(None, {"pixel_values": batch[0].numpy(), "pixel_mask": batch[1].numpy()})
         for array, number in zip(found, expected_outputs(model, batch), strict=True):
             np.testing.assert_allclose(array, number.numpy(), rtol=1e-4, atol=1e-4)

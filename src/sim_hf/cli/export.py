@@ -16,8 +16,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sim-hf export", description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a trained model")
     parser.add_argument("--output", required=True, type=Path, help="the .onnx file")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the inputs (default: any; Swin needs one)",
+    )
     options = parser.parse_args(argv)
     model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
-    export_onnx(model, options.output)
+    export_onnx(model, options.output, options.size and tuple(options.size))
     print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
     return 0

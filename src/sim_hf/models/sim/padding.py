@@ -56,7 +56,9 @@ def sine_waves(angle: Tensor, num_channels: int) -> Tensor:
 
 
 def clear_padding(mask_logits_BQHW: Tensor, valid_BHW: Tensor) -> Tensor:
-    """Mask logits with no mask in the padding -> (B, Q, h, w); in their place when nothing will be differentiated."""
+    """Mask logits with no mask in the padding -> (B, Q, h, w); in their place when nothing will be differentiated (an exported
+    network does not know that)."""
     valid_BhW = downsample_valid(valid_BHW, (mask_logits_BQHW.shape[2], mask_logits_BQHW.shape[3]))
-    fill = mask_logits_BQHW.masked_fill if mask_logits_BQHW.requires_grad else mask_logits_BQHW.masked_fill_
+    keep = mask_logits_BQHW.requires_grad or torch.compiler.is_exporting()
+    fill = mask_logits_BQHW.masked_fill if keep else mask_logits_BQHW.masked_fill_
     return fill(~valid_BhW[:, None], PADDING_LOGIT)
