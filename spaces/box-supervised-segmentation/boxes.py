@@ -103,8 +103,11 @@ def _from_coco(text: str) -> list[NamedBox]:
 
 def _from_annotation(number: int, annotation: Any, names: dict[str, str]) -> NamedBox:
     box = annotation.get("bbox") if isinstance(annotation, dict) else None
-    is_box = isinstance(box, list) and len(box) == 4
-    if not is_box or any(isinstance(value, bool) or not isinstance(value, int | float) for value in box):
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or any(isinstance(value, bool) or not isinstance(value, int | float) for value in box)
+    ):
         raise UploadError(f"Annotation {number} has no `bbox` of four numbers: x, y, width, height.")
     try:
         x, y, width, height = (float(value) for value in box)

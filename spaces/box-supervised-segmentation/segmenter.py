@@ -165,5 +165,5 @@ def load_segmenter() -> Segmenter:
 def _at_size(mask_HW: np.ndarray, size: tuple[int, int]) -> tuple[dict[str, Any], float]:
     """Run lengths and area of a mask at another size (height, width)."""
     if mask_HW.shape != size:
-        mask_HW = np.asarray(Image.fromarray(mask_HW).resize(size[::-1], Image.Resampling.NEAREST))
+        mask_HW = np.asarray(Image.fromarray(mask_HW).resize((size[1], size[0]), Image.Resampling.NEAREST))
     return encode_rle(mask_HW), float(mask_HW.sum())
