@@ -18,10 +18,8 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _number_of_threads():
-    """What a program under test chose ends with its test: with a pool of threads, work in a forked process waits for ever."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    """One for each test, whatever a program under test has chosen: results are equal to the last bit, and forked processes work."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
