@@ -18,7 +18,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _number_of_threads():
-    """One for each test, whatever a program under test has chosen: results are equal to the last bit, and forked processes work."""
+    """One for each test, whatever a program under test has chosen: equal bits, and forks that work."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
