@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "sim_hf"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# docs/architecture.md, the lowest layer first. What stands on one line may not import each other, except where SIBLINGS says so.
+# docs/architecture.md, the lowest layer first. What stands on one line may not import each other.
 # visualization draws arrays and imports nothing of the package, so training may draw its validation pictures.
 LAYERS = [
     {"processes", "structures"},
@@ -21,7 +21,6 @@ LAYERS = [
     {"pipeline", "onnx_export", "label_file", "prediction", "demo"},
     {"cli"},
 ]
-SIBLINGS: set[tuple[str, str]] = set()
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FRONT = {"__init__", "__main__"}  # the public face: may name anything
 
@@ -78,7 +77,7 @@ def test_imports_point_down_only():
             continue
         for line, theirs in imported_parts(path):
             down = theirs in LEVEL and LEVEL[theirs] < LEVEL[mine]
-            if not (down or theirs == mine or (mine, theirs) in SIBLINGS):
+            if not (down or theirs == mine):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {theirs}")
     assert wrong == []
 

@@ -70,7 +70,6 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         temperature=supervision.temperature,
         mu=supervision.mu,
         background_prototypes=supervision.background_prototypes,
-        min_fit=supervision.pseudo_min_fit,
         pixel_competition=supervision.pixel_competition,
     )
     start = steps(supervision.pseudo_start)

@@ -22,7 +22,7 @@ from sim_hf.mask_generation.positive_mask_weighting import (
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.mask_generation.self_correction import correct_cells, masks_outside_of_boxes
 from sim_hf.mask_generation.semantic_map import ClassSimilarity
-from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks, box_iou_pairwise, boxes_of_shadows
+from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks
 
 
 class PseudoMaskGenerator:
@@ -32,10 +32,9 @@ class PseudoMaskGenerator:
     6. Pixels inside the box with M_I above `confident` feed the prototypes, at most `max_pixels_per_instance` of an instance.
     `background_prototypes` (not in the paper): the second half of the bank's classes are the backgrounds of the first; they
     learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more a pixel
-    looks like its class than like those (see `ClassSimilarity`). `min_fit` (0 in the paper): see `drop_misfits`.
-    `pixel_competition`: instances whose boxes overlap share the pixels there (see there; not in the paper). `chunk_size`
-    instances are worked on at a time; it bounds memory and changes nothing else. Both maps are made inside the boxes only:
-    outside, the box decides.
+    looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the
+    pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes
+    nothing else. Both maps are made inside the boxes only: outside, the box decides.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class PseudoMaskGenerator:
         high_range: tuple[float, float] = (0.7, 0.8),
         low: float = 0.4,
         background: float = 0.2,
-        min_fit: float = 0.0,
         max_pixels_per_instance: int = 256,
         background_prototypes: bool = False,
         pixel_competition: bool = False,
@@ -69,7 +67,6 @@ class PseudoMaskGenerator:
         self.high_range = high_range
         self.low = low
         self.background = background
-        self.min_fit = min_fit
         self.background_prototypes = background_prototypes
         self.max_pixels_per_instance = max_pixels_per_instance
         self.pixel_competition = pixel_competition
@@ -134,16 +131,7 @@ class PseudoMaskGenerator:
                 high_range=self.high_range,
                 low=self.low,
             )
-        self.drop_misfits(masks, targets.boxes_G4, stride)
         return masks
-
-    def drop_misfits(self, masks: PseudoMasks, boxes_G4: Tensor, stride: float) -> None:
-        """Trust nothing of an instance whose pseudo mask has not the extent of its box (IoU of its tight box below `min_fit`)."""
-        if self.min_fit > 0:
-            tight_G4 = boxes_of_shadows(masks.target_GHW.any(-1), masks.target_GHW.any(-2), stride)
-            misfits_G = box_iou_pairwise(tight_G4, boxes_G4.float()) < self.min_fit
-            masks.trusted_GHW[misfits_G] = False
-            masks.scores_G[misfits_G] = 0.0
 
     def observe(
         self, wanted: tuple[Tensor, Tensor], cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, labels_G: Tensor
@@ -167,8 +155,8 @@ class PseudoMaskGenerator:
 
     @torch.no_grad()
     def diagnostics(self, pseudo_masks: PseudoMasks, targets: InstanceTargets) -> dict[str, Tensor]:
-        """Is it working? Scalars: share of the boxes' pixels that are trusted, share of classes with prototypes, mean
-        cosine between the prototypes of a class (1 = collapsed), entropy of their use (1 = even)."""
+        """Is it working? Scalars: share of the boxes' pixels that are trusted, share of classes with prototypes, mean cosine
+        between the prototypes of a class (1 = collapsed), entropy of their use (1 = even). Backgrounds are classes here."""
         height, width = pseudo_masks.trusted_GHW.shape[-2:]
         trusted_V = box_cells(targets.boxes_G4, height, width, targets.input_size[0] / height).pick(pseudo_masks.trusted_GHW)
         trusted_share = trusted_V.sum() / max(len(trusted_V), 1)

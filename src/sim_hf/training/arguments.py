@@ -114,10 +114,6 @@ class SupervisionArguments:
     smoothness_weight: float = field(default=0.25, metadata={"help": "BBTP's smoothness; 0.05 of the tightness in the paper."})
     pseudo_weight: float = field(default=0.5, metadata={"help": "lambda_1, the pseudo mask loss."})
     pseudo_start: float = field(default=1 / 9, metadata={"help": "When the pseudo mask loss starts (steps or fraction)."})
-    pseudo_min_fit: float = field(
-        default=0.0,
-        metadata={"help": "Pseudo masks whose tight box has a lower IoU with the given box are dropped (BoxTeacher; paper: 0)."},
-    )
     pseudo_ramp: float = field(default=0.0, metadata={"help": "Linear ramp of the pseudo mask loss after its start."})
     num_prototypes: int = field(default=10, metadata={"help": "Prototypes per class (the paper's L)."})
     prototype_momentum: float = field(default=0.999, metadata={"help": "EMA of the prototypes (gamma)."})

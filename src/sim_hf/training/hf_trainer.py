@@ -77,6 +77,8 @@ class SIMTrainer(PushesWithCard):
     ) -> None:
         if export not in ("teacher", "student"):
             raise ValueError(f"export must be 'teacher' or 'student', got {export!r}")
+        if supervision is not None and supervision.second_phase != 1:
+            raise ValueError("only `sim-hf train` has a second phase; leave SupervisionArguments.second_phase at 1")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process; start one process for each (torchrun or accelerate launch), "

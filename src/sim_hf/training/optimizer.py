@@ -51,10 +51,11 @@ def build_scheduler(
         raise ValueError(f"--lr_schedule must be one of {', '.join(shapes)}, got {schedule!r}")
 
     def factor(step: int) -> float:
-        start, end = (
-            (0, max_steps) if restart_step is None else (0, restart_step) if step < restart_step else (restart_step, max_steps)
-        )
-        step, length = step - start, end - start
+        length = max_steps
+        if restart_step is not None and step < restart_step:
+            length = restart_step
+        elif restart_step is not None:
+            step, length = step - restart_step, max_steps - restart_step
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         return shapes[schedule](min(1.0, (step - warmup_steps) / max(1, length - warmup_steps)))

@@ -143,11 +143,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         while self.step.global_step < last:
-            if (
-                self.second_phase_step is not None
-                and self.step.global_step >= self.second_phase_step
-                and not self.step.second_phase
-            ):
+            if self.second_phase_is_due:
                 stream = self.begin_second_phase()
             record = self.optimizer_step(stream)
             done = self.step.global_step
@@ -176,6 +172,11 @@ class Trainer:
             self.say("warning: a stream is not labelled by its teacher (--second_phase needs a data set that is not --streaming)")
             return None
         return start
+
+    @property
+    def second_phase_is_due(self) -> bool:
+        start = self.second_phase_step
+        return start is not None and self.step.global_step >= start and not self.step.second_phase
 
     def begin_second_phase(self) -> Iterator[list[dict]]:
         """Label the training images with the teacher, or read what it said before the run was interrupted -> the stream of
