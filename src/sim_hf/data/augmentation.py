@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 
 from sim_hf.data.images import DEFAULT_MAX_PIXELS, read_pixels
 from sim_hf.data.masks import decode_segmentation
+from sim_hf.data.zoom import object_window
 from sim_hf.structures import mask_boxes
 
 _NUM_WINDOWS = 10  # candidate crops per image, of which the least harmful is taken
@@ -37,9 +38,10 @@ class TrainTransform:
     taken, no window is taken that would lose every object, and an object of which less than `min_visible` of the box is left
     is dropped. An object with a mask gets the tight box of what is left of the mask.
 
-    scale_range: of the longest side, relative to `size`. flip: probability of mirroring. brightness, contrast, saturation:
-    largest relative change; hue: largest turn of the colour circle (1 is a whole turn). min_box_size: pixels of the result.
-    with_masks: also give `masks`, decoded from `objects.segmentation`.
+    scale_range: of the longest side, relative to `size`. zoom: probability of a view of one object enlarged instead (`zoom.py`).
+    flip: probability of mirroring. brightness, contrast, saturation: largest relative change; hue: largest turn of the colour
+    circle (1 is a whole turn). min_box_size: pixels of the result. with_masks: also give `masks`, decoded from
+    `objects.segmentation`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainTransform:
         size: int,
         *,
         scale_range: tuple[float, float] = (0.5, 2.0),
+        zoom: float = 0.0,
         flip: float = 0.5,
         brightness: float = 0.2,
         contrast: float = 0.2,
@@ -61,10 +64,12 @@ class TrainTransform:
             raise ValueError(f"size must be a positive number of pixels, got {size}")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range must be (low, high) with 0 < low <= high, got {scale_range}")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must be a probability, got {flip}")
+        for name, probability in (("zoom", zoom), ("flip", flip)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} must be a probability, got {probability}")
         self.size = size
         self.scale_range = scale_range
+        self.zoom = zoom
         self.flip = flip
         self.brightness = brightness
         self.contrast = contrast
@@ -82,7 +87,12 @@ class TrainTransform:
             seed = int(torch.randint(2**62, ()))
         generator = torch.Generator().manual_seed(seed)
         sample = read_sample(example, with_masks=self.with_masks, max_pixels=self.max_pixels)
-        ratio = self.size * _uniform(generator, *self.scale_range) / max(sample.image_3hw.shape[-2:])
+        jitter = _uniform(generator, *self.scale_range)
+        if self.zoom and _uniform(generator, 0, 1) < self.zoom:
+            window = object_window(sample.boxes_n4, sample.orig_size, self.size, generator)
+            if window is not None:
+                sample, jitter = self._cropped(sample, *window), 1.0
+        ratio = self.size * jitter / max(sample.image_3hw.shape[-2:])
         return self.at_scale(sample, ratio, (self.size, self.size), generator).as_dict()
 
     def at_scale(self, sample: Sample, ratio: float, limit: tuple[int, int], generator: torch.Generator) -> Sample:

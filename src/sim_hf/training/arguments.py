@@ -75,6 +75,9 @@ class DataArguments:
     image_size: int | None = field(default=None, metadata={"help": "Longest side of the input (default: the preset's)."})
     scale_min: float = field(default=0.5, metadata={"help": "Large-scale jitter: smallest scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest scale."})
+    zoom: float = field(
+        default=0.0, metadata={"help": "Share of the samples that look at one object enlarged, as `sim-hf label` does."}
+    )
     mosaic: float = field(
         default=0.0,
         metadata={
@@ -272,8 +275,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         raise ValueError("--train_annotations needs --train_images")
     if data.val_annotations and not data.val_images:
         raise ValueError("--val_annotations needs --val_images")
-    if not 0 <= data.mosaic <= 1:
-        raise ValueError(f"--mosaic must be a probability in 0..1, got {data.mosaic}")
+    for name in ("mosaic", "zoom"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"--{name} must be a probability in 0..1, got {getattr(data, name)}")
     if supervision.supervision not in MASK_CRITERIA:
         raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
     if supervision.matching not in MATCHING_COSTS:

@@ -175,6 +175,7 @@ def train_transform(processor, arguments: DataArguments, *, with_masks: bool) ->
     return TrainTransform(
         int(processor.size["longest_edge"]),
         scale_range=(arguments.scale_min, arguments.scale_max),
+        zoom=arguments.zoom,
         flip=arguments.flip,
         brightness=strength,
         contrast=strength,
