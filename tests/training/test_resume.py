@@ -144,6 +144,18 @@ def test_options_that_compute_nothing_may_change_between_the_parts(data, model, 
     assert trainer.step.global_step == 2
 
 
+def test_an_option_newer_than_the_checkpoint_must_have_its_default(data, model, tmp_path):
+    """A package that learned an option meanwhile goes on with a run of an earlier one."""
+    resumer = run(data, model, tmp_path, max_steps=2, stop_after=1).resumer
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    metadata = resumer.manager.metadata(checkpoint)
+    del metadata["identity"]["zoom"]
+    resumer._check_same_run(checkpoint, metadata)
+    resumer.identity["zoom"] = 0.5
+    with pytest.raises(CheckpointError, match=r"zoom: 0\.0 in the checkpoint, 0\.5 now"):
+        resumer._check_same_run(checkpoint, metadata)
+
+
 def test_a_checkpoint_can_be_named(data, model, tmp_path):
     run(data, model, tmp_path / "a", max_steps=4, checkpoint_every=0.25, keep_checkpoints=4)
     checkpoint = tmp_path / "a" / "checkpoints" / "step-00000002"

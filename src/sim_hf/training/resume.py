@@ -40,7 +40,9 @@ class Resumer:
     def __init__(self, trainer) -> None:
         self.trainer = trainer
         self.manager = CheckpointManager(Path(trainer.run.output_dir) / "checkpoints", keep=trainer.run.keep_checkpoints)
-        self.identity = run_identity(trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run)
+        groups = (trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run)
+        self.identity = run_identity(*groups)
+        self.defaults = run_identity(*(type(group)() for group in groups))
 
     def save(self) -> None:
         """Write the checkpoint of this step (all ranks call this)."""
@@ -93,10 +95,12 @@ class Resumer:
         trainer.say(f"resumed from {path} at step {trainer.step.global_step}")
 
     def _check_same_run(self, path: Path, metadata: dict) -> None:
+        # An option that is newer than the checkpoint had the effect of its default.
+        saved = {name: _as_json(value) for name, value in self.defaults.items()} | metadata["identity"]
         differing = [
-            f"{name}: {metadata['identity'].get(name)!r} in the checkpoint, {value!r} now"
+            f"{name}: {saved[name]!r} in the checkpoint, {value!r} now"
             for name, value in self.identity.items()
-            if metadata["identity"].get(name) != _as_json(value)
+            if saved[name] != _as_json(value)
         ]
         world = self.trainer.accelerator.num_processes
         if metadata["world_size"] != world:
