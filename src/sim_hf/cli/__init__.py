@@ -13,6 +13,7 @@ import sim_hf
 from sim_hf.processes import leave_process_group
 
 COMMANDS = {
+    "convert": "a YOLO, Pascal VOC or Hub data set as a COCO folder of boxes",
     "check": "find every fault of a COCO file and its images",
     "train": "train from boxes (or masks): the same as scripts/train.py",
     "evaluate": "COCO mask and box AP of a model on a data set",

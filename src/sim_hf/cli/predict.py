@@ -15,13 +15,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from sim_hf.data import ImageError, read_image
+from sim_hf.data.images import PICTURE_ENDINGS
 from sim_hf.evaluation import to_coco_results
 from sim_hf.evaluation.prediction import evaluating, names_of, predict_images
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.processes import process_state
 from sim_hf.visualization import draw_instances
-
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

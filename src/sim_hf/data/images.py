@@ -33,6 +33,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 DEFAULT_MAX_PIXELS = 89_000_000
 ALLOWED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# By which a picture is known in a folder.
+PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif"})
 _ORIENTATION = 0x0112  # tag of EXIF
 _BACKGROUND = (255, 255, 255, 255)
 _DECODE_ERRORS = (
