@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"processes", "structures"},
     {"losses", "mask_generation", "data"},
-    {"criteria", "evaluation", "models", "visualization"},
+    {"criteria", "evaluation", "models", "visualization", "conversion"},
     {"hub"},  # a trainer pushes its model with a card
     {"labeling"},  # the second phase of a training labels its images
     {"training"},
