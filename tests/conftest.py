@@ -1,7 +1,8 @@
-"""What all tests share: no network, one thread each, fixed seeds."""
+"""What all tests share: no network, one thread each, fixed seeds, no state of Accelerate."""
 
 import os
 import socket
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -20,6 +21,14 @@ def _seed():
 def _number_of_threads():
     """One for each test, whatever a program under test has chosen: equal bits, and forks that work."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps the settings of a process's first run for all later ones."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)

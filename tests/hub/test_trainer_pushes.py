@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
@@ -16,12 +15,6 @@ from sim_hf.training.loaders import train_collator, train_transform
 from sim_hf.training.stock_trainer import CocoEvaluation, StockTrainerAdapter
 
 PUSHED = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import Trainer as StockTrainer
 from transformers import TrainingArguments
 
@@ -24,12 +23,6 @@ from sim_hf.training.trainer import Trainer
 
 AUGMENTATION = DataArguments(scale_min=0.9, scale_max=1.1)
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

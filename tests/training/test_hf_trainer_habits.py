@@ -22,12 +22,6 @@ HERE = Path(__file__).parent
 LOSSES = {"loss_cross_entropy", "loss_projection", "loss_pairwise"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_shapes(tmp_path_factory.mktemp("habits") / "shapes")

@@ -5,7 +5,6 @@ from itertools import islice
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from factories import SIZE, tiny_processor, write_shapes
 from sim_hf.data import StepSampler, load_coco
@@ -13,12 +12,6 @@ from sim_hf.data.mixture import MixedRows
 from sim_hf.training.arguments import DataArguments, RunArguments
 from sim_hf.training.assembly import RunData
 from sim_hf.training.loaders import EpochBatches, MicroBatches, epoch_loader
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from factories import make_arguments, save_tiny_model, write_shapes
 from sim_hf.training.resume import random_state, restore_random_state
@@ -20,12 +19,6 @@ from sim_hf.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

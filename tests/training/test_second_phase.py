@@ -19,12 +19,6 @@ from sim_hf.training.trainer import Trainer
 SUPERVISION = {"supervision": "sim", "max_steps": 4, "second_phase": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_shapes(tmp_path_factory.mktemp("shapes"), empty=(2,))

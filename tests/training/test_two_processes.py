@@ -22,12 +22,6 @@ SCRIPT = HERE.parents[1] / "scripts" / "train.py"
 TIMEOUT = 280  # most of it is for the imports of a busy machine; a hang would last 30 minutes
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def launch_two(*command):
     """Run a script on two ranks; gloo, one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
