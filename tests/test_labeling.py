@@ -48,6 +48,13 @@ def test_the_mask_is_the_object_inside_the_box(options):
     assert found.confidence_n[0] > 0.85
 
 
+def test_boxes_may_be_plain_numbers():
+    picture = picture_of((16, 16, 40, 48))
+    plain = masks_for_boxes(DarkPixels(), tiny_processor(), picture, [[16, 16, 40, 48]])
+    tensor = masks_for_boxes(DarkPixels(), tiny_processor(), picture, torch.tensor([[16.0, 16.0, 40.0, 48.0]]))
+    assert torch.equal(plain.masks(), tensor.masks())
+
+
 def test_a_small_object_is_sharper_with_crops_than_without():
     box = (40, 40, 46, 46)
     picture = picture_of(box, size=(256, 256))

@@ -85,14 +85,14 @@ def masks_for_boxes(
     model: nn.Module,
     processor,
     picture: Image.Image,
-    boxes_n4: Tensor,
+    boxes_n4: Tensor | Sequence[Sequence[float]],
     labels_n: Sequence[int | None] | None = None,
     options: LabelOptions | None = None,
 ) -> BoxMasks:
     """One mask per box. boxes_n4: xyxy pixels of `picture` (RGB). labels_n: the model's label of each box, None if unknown."""
     options = options or LabelOptions()
     height, width = picture.height, picture.width
-    boxes_n4 = boxes_n4.float().cpu().reshape(-1, 4)
+    boxes_n4 = torch.as_tensor(boxes_n4, dtype=torch.float32).cpu().reshape(-1, 4)
     num_boxes = len(boxes_n4)
     labels = [None] * num_boxes if labels_n is None else list(labels_n)
     views = _views(picture, boxes_n4, options)
