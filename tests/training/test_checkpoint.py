@@ -9,7 +9,6 @@ import pickle
 import random
 import resource
 import signal
-import sys
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from killing import in_child, kill_at_file_operation
 from sim_hf.training.checkpoint import (
     CheckpointError,
     CheckpointManager,
@@ -355,39 +355,6 @@ def test_bug_in_the_writer_keeps_its_own_exception_and_leaves_nothing(manager):
 
 
 # ---- kills and full disks, in child processes
-
-
-def in_child(action) -> int:
-    """Run `action` in a forked child -> its wait status. The child never returns into pytest."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def kill_at_file_operation(number: int, root: Path) -> None:
-    """SIGKILL this process at its `number`-th operation that touches `root` or syncs a file."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(event: str, arguments: tuple) -> None:
-        inside = any(str(root) in str(argument) for argument in arguments)
-        if event in ("os.remove", "os.rmdir") or (inside and event in ("open", "os.mkdir", "os.rename", "os.scandir")):
-            tick()  # rmtree removes by names relative to an open folder
-
-    fsync = os.fsync
-    os.fsync = lambda descriptor: (tick(), fsync(descriptor))[1]
-    sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize(("step", "damaged"), [(3, None), (2, "step-00000001")], ids=["next", "only valid one again"])

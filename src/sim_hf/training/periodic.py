@@ -11,6 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.prediction import names_of
 from sim_hf.evaluation.results import format_table, write_results
+from sim_hf.training.named_writes import naming
 from sim_hf.visualization import contact_sheet, draw_instances
 
 NUM_PICTURES = 6
@@ -48,11 +49,13 @@ def evaluate_and_draw(trainer, *, limit: int | None) -> dict:
         if evaluator.note:
             trainer.say(evaluator.note)
         extra = {"step": step, "seed": trainer.run.seed, "supervision": trainer.supervision.supervision, "note": evaluator.note}
-        write_results(trainer.output_dir / "results.json", metrics, extra=extra)
+        with naming(trainer.output_dir / "results.json"):
+            write_results(trainer.output_dir / "results.json", metrics, extra=extra)
         rows = pictures + pseudo_mask_rows(trainer, names)
         path = trainer.output_dir / "pictures" / f"step-{step:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(rows, titles=["given boxes", "prediction"]).save(path, quality=90)
+        with naming(path):
+            contact_sheet(rows, titles=["given boxes", "prediction"]).save(path, quality=90)
     accelerator.wait_for_everyone()
     return metrics
 
@@ -111,11 +114,18 @@ def export_model(trainer, folder: str = "model") -> Path:
 def save_model_folder(model, processor, target: Path) -> None:
     """Write beside, then swap: a reader sees the old folder or the new one, never half of one."""
     beside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.rename(target)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
+    try:
+        with naming(target):
+            beside.mkdir(parents=True)
+            model.save_pretrained(beside)
+            processor.save_pretrained(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     if target.exists():
         target.rename(old)
     beside.rename(target)

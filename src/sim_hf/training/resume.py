@@ -26,6 +26,8 @@ FREE_OPTIONS = {
     "report_to", "num_workers", "num_threads", "export",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license",
 }  # fmt: skip
+# Those that compute the same steps in more or less memory, up to the order of sums: a run that ran out of it may go on.
+MEMORY_OPTIONS = {"gradient_accumulation_steps", "activation_checkpointing"}
 
 
 def run_identity(*groups) -> dict[str, object]:
@@ -97,11 +99,14 @@ class Resumer:
     def _check_same_run(self, path: Path, metadata: dict) -> None:
         # An option that is newer than the checkpoint had the effect of its default.
         saved = {name: _as_json(value) for name, value in self.defaults.items()} | metadata["identity"]
-        differing = [
-            f"{name}: {saved[name]!r} in the checkpoint, {value!r} now"
+        changed = {
+            name: f"{name}: {saved[name]!r} in the checkpoint, {value!r} now"
             for name, value in self.identity.items()
             if saved[name] != _as_json(value)
-        ]
+        }
+        for name in MEMORY_OPTIONS & changed.keys():
+            self.trainer.say(f"warning: the same steps, but not to the last bit: {changed.pop(name)}")
+        differing = list(changed.values())
         world = self.trainer.accelerator.num_processes
         if metadata["world_size"] != world:
             differing.append(f"processes: {metadata['world_size']} in the checkpoint, {world} now")

@@ -18,12 +18,16 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm.auto import tqdm
 
 from sim_hf.evaluation.diagnostics import collapse_warning
+from sim_hf.processes import leave_process_group
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
 from sim_hf.training.assembly import build_data, build_model, build_step
 from sim_hf.training.finite import check_finite, sum_over_ranks
+from sim_hf.training.interruption import EXIT_CODE, StopRequest
 from sim_hf.training.loaders import MicroBatches
+from sim_hf.training.named_writes import naming
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
+from sim_hf.training.out_of_memory import explained
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
 from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
@@ -125,14 +129,29 @@ class Trainer:
             tqdm.write(message)
 
     def train(self) -> dict:
-        """Train to `max_steps` (or `stop_after`), evaluate, export -> the final metrics."""
+        """Train to `max_steps` (or `stop_after`), evaluate, export -> the final metrics. SIGTERM ends it after the step it is
+        in, with a checkpoint and `SystemExit`."""
         run = self.run
         self.resumer.resume()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("sim_hf")
         self.model.train()
         self.step.train()
-        last = min(run.max_steps, run.stop_after or run.max_steps)
+        with StopRequest(self.accelerator) as stop:
+            self._take_steps(min(run.max_steps, run.stop_after or run.max_steps), stop)
+        is_over = self.step.global_step >= run.max_steps
+        if is_over:
+            self.evaluate(limit=None)
+            export_model(self)
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        if stop.asked and not is_over:
+            leave_process_group()
+            raise SystemExit(EXIT_CODE)
+        return self.last_metrics
+
+    def _take_steps(self, last: int, stop: StopRequest) -> None:
+        run = self.run
         eval_every, save_every = steps_of(run.eval_every, run.max_steps), steps_of(run.checkpoint_every, run.max_steps)
         stream = iter(self.batches)
         bar = tqdm(
@@ -145,7 +164,8 @@ class Trainer:
         while self.step.global_step < last:
             if self.second_phase_is_due:
                 stream = self.begin_second_phase()
-            record = self.optimizer_step(stream)
+            with explained(self.step, self.optimizer, run):
+                record = self.optimizer_step(stream)
             done = self.step.global_step
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.2f}")
@@ -153,15 +173,13 @@ class Trainer:
                 self.log(record)
             if eval_every and done % eval_every == 0 and done < run.max_steps:
                 self.evaluate(limit=run.eval_limit)
-            if (save_every and done % save_every == 0) or done == last:
+            stops = stop.agreed()
+            if (save_every and done % save_every == 0) or done == last or stops:
                 self.resumer.save()
+            if stops and done < last:
+                self.say(f"SIGTERM: stopped at step {done} with a checkpoint; --resume auto goes on")
+                break
         bar.close()
-        if self.step.global_step >= run.max_steps:
-            self.evaluate(limit=None)
-            export_model(self)
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
-        return self.last_metrics
 
     def _second_phase_step(self) -> int | None:
         """Step at which the training images are labelled; None when they are not."""
@@ -256,7 +274,8 @@ class Trainer:
             shown = {k.removeprefix("loss_"): v for k, v in record.items() if k not in ("step", "learning_rate")}
             tqdm.write(f"step {step:>6}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()))
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            path = self.output_dir / "metrics.jsonl"
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.accelerator.log_with:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)

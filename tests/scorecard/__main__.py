@@ -1,0 +1,68 @@
+"""`make scorecard`: inject the 36 faults, print the table, write `docs/reliability.md` and `runs/scorecard.json`.
+
+ARGS="--rows 1 19" or "--fast" runs some of them and writes nothing; exit status 1 when a fault was not survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(HERE), str(TESTS)]
+
+import stock_tools  # noqa: E402 - the folder is a program, not a package
+from fault import Fault  # noqa: E402
+from outcomes import Outcome, Recorder  # noqa: E402
+from registry import FAULTS  # noqa: E402
+from report import write_document, write_record  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make scorecard", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", metavar="NUMBER", help="these faults only")
+    parser.add_argument("--fast", action="store_true", help="only faults that need no second process or server")
+    options = parser.parse_args(argv)
+    faults = [
+        fault for fault in FAULTS if (options.rows is None or fault.number in options.rows) and not (options.fast and fault.slow)
+    ]
+    outcomes = inject(faults)
+    if len(faults) == len(FAULTS):
+        print("\nstock tools in the same cases:")
+        stock = stock_tools.measure(lambda number, finding: print(f"{number:02d} {finding}", flush=True))
+        write_record(ROOT / "runs" / "scorecard.json", outcomes, stock)
+        write_document(ROOT / "docs" / "reliability.md", outcomes, stock)
+    return int(any(outcome.result == "FAILED" for outcome in outcomes))
+
+
+def inject(faults: Sequence[Fault]) -> list[Outcome]:
+    """Run the tests of the faults in this process, a line a fault as soon as it is over."""
+    done = 0
+
+    def show(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        fault = outcome.fault
+        print(f"{done:>2}/{len(faults)}  {fault.title:<20} {outcome.seconds:>6.1f} s  {outcome.result}", flush=True)
+        print(f"       {fault.injected}\n       -> {fault.expected}", flush=True)
+
+    recorder = Recorder(faults, TESTS.name, show)
+    tests = dict.fromkeys(f"{TESTS.name}/{test}" for fault in faults for test in fault.tests)
+    quiet = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-m", "not gpu", f"--rootdir={ROOT}"]
+    pytest.main([*quiet, *tests], plugins=[recorder])
+    for message in recorder.messages:
+        print(f"\n{message}", file=sys.stderr)
+    survived = sum(outcome.result == "survived" for outcome in recorder.outcomes)
+    not_run = sum(outcome.result.startswith("not run") for outcome in recorder.outcomes)
+    print(f"\n{survived} of {len(faults)} faults survived" + (f", {not_run} not run here" if not_run else ""))
+    return recorder.outcomes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
