@@ -1,4 +1,4 @@
-"""Child processes that die in the middle of what they do."""
+"""Processes that die in the middle of what they do, and files that lose a bit."""
 
 import os
 import signal
@@ -38,3 +38,10 @@ def kill_at_file_operation(number: int, root: Path) -> None:
     fsync = os.fsync
     os.fsync = lambda descriptor: (tick(), fsync(descriptor))[1]
     sys.addaudithook(hook)
+
+
+def flip_bit(file: Path) -> None:
+    """Change the bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

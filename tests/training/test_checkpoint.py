@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from killing import in_child, kill_at_file_operation
+from killing import flip_bit, in_child, kill_at_file_operation
 from sim_hf.training.checkpoint import (
     CheckpointError,
     CheckpointManager,
@@ -251,12 +251,6 @@ def test_metadata_that_is_not_json_is_refused_before_anything_is_written(manager
 
 
 # ---- damage
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "training.json", "manifest.json"])

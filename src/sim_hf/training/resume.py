@@ -12,8 +12,10 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from sim_hf.training.checkpoint import CheckpointError, CheckpointManager
@@ -36,6 +38,22 @@ def run_identity(*groups) -> dict[str, object]:
     return {name: value for name, value in sorted(options.items()) if name not in FREE_OPTIONS}
 
 
+def data_digest(data: Any) -> str | None:
+    """sha256 of the ids, boxes, classes and masks of the training rows: a file may be annotated anew at the same path. None
+    for a stream, which cannot be read twice."""
+    if data.streaming:
+        return None
+    digest = hashlib.sha256(json.dumps(data.names).encode())
+    for dataset in data.train.datasets:
+        rows = dataset.select_columns(["image_id", "objects"]).with_format("arrow")[:]
+        rows = rows.combine_chunks().replace_schema_metadata(None)  # how they were read does not matter
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as stream:
+            stream.write_table(rows)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
 class Resumer:
     """Saves and restores a `Trainer`."""
 
@@ -44,6 +62,7 @@ class Resumer:
         self.manager = CheckpointManager(Path(trainer.run.output_dir) / "checkpoints", keep=trainer.run.keep_checkpoints)
         groups = (trainer.model_arguments, trainer.data_arguments, trainer.supervision, trainer.run)
         self.identity = run_identity(*groups)
+        self.training_data = data_digest(trainer.data)
         self.defaults = run_identity(*(type(group)() for group in groups))
 
     def save(self) -> None:
@@ -64,6 +83,7 @@ class Resumer:
             metadata={
                 "world_size": accelerator.num_processes,
                 "identity": self.identity,
+                "training_data": self.training_data,
                 "identity_sha256": hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest(),
                 "best": trainer.best,
             },
@@ -107,6 +127,9 @@ class Resumer:
         for name in MEMORY_OPTIONS & changed.keys():
             self.trainer.say(f"warning: the same steps, but not to the last bit: {changed.pop(name)}")
         differing = list(changed.values())
+        saved_data = metadata.get("training_data")  # older checkpoints do not tell
+        if saved_data is not None and saved_data != self.training_data:
+            differing.append(f"training data: {saved_data[:8]} in the checkpoint, {(self.training_data or 'a stream')[:8]} now")
         world = self.trainer.accelerator.num_processes
         if metadata["world_size"] != world:
             differing.append(f"processes: {metadata['world_size']} in the checkpoint, {world} now")
