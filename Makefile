@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(shell { echo "$(CURDIR)"; cat requirements.txt
 DATA ?=
 ARGS ?=
 
-.PHONY: help install demo space test e2e check bench format clean
+.PHONY: help install demo space docs test e2e scorecard soak check bench format clean
 
 help:  ## What can be made
 	@echo "make TARGET [DATA=folder-or-Hub-id] [ARGS=\"more options\"]"
@@ -27,11 +27,23 @@ demo: $(INSTALLED)  ## Train from boxes for some minutes, show masks and mask AP
 space: $(INSTALLED)  ## The web page, on the shipped model or SIM_MODEL=folder-or-Hub-id
 	$(PYTHON) spaces/box-supervised-segmentation/app.py
 
+docs: $(INSTALLED)  ## The pages of docs/ as a site with the API reference: build/docs/index.html
+	@$(PYTHON) -c 'import zensical, mkdocstrings_handlers.python' 2> /dev/null \
+		|| $(PYTHON) -m uv pip install --python $(PYTHON) --no-build-isolation --editable '.[docs]' \
+		|| $(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	$(PYTHON) -m zensical build --clean --strict
+
 test: $(INSTALLED)  ## The tests: offline, on the CPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 
 e2e: $(INSTALLED)  ## The slow tests: the command line from end to end
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m e2e $(ARGS)
+
+scorecard: $(INSTALLED)  ## Inject the 36 faults; writes docs/reliability.md (ARGS="--fast", "--rows 1 19")
+	OMP_NUM_THREADS=1 $(PYTHON) tests/scorecard $(ARGS)
+
+soak: $(INSTALLED)  ## Train, predict and serve for long with flat memory: about an hour
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m soak -s $(ARGS)
 
 check: $(INSTALLED)  ## Lint, formatting and types
 	$(PYTHON) -m ruff check .
@@ -49,7 +61,7 @@ install: $(INSTALLED)  ## Only make .venv and install (what the others do first)
 	@echo "installed in $(VENV)"
 
 clean:  ## Remove caches and build products; runs/ and .venv stay
-	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .ruff_cache .hypothesis .cache build dist
 	find . \( -name .git -o -name $(VENV) -o -name runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # uv installs in a fraction of pip's time; where it cannot be had, pip does the same work.

@@ -34,7 +34,15 @@ def build_optimizer(
         }
         for (in_backbone, is_undecayed), parameters in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(settings, lr=learning_rate, fused=True)
+    make_skips_visible(optimizer)
+    return optimizer
+
+
+def make_skips_visible(optimizer: torch.optim.Optimizer) -> None:
+    """With fp16 a fused optimiser looks for overflow inside `step`, and Accelerate takes every step that was called for one
+    that was made. After this the scaler unscales the gradients and calls `step` only when they are finite."""
+    optimizer._step_supports_amp_scaling = False
 
 
 def build_scheduler(

@@ -33,6 +33,7 @@ from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.hub.allowed_files import CARD, MODEL_FILES, allowed_in
 from sim_hf.hub.model import REPLACED
 from sim_hf.hub.repository import HubRepository
+from sim_hf.training.optimizer import make_skips_visible
 from sim_hf.training.sharding import refuse_fsdp
 from sim_hf.training.state_files import load_state, save_state
 from sim_hf.training.step import StepInputs, TrainingStep
@@ -184,8 +185,9 @@ class _AdapterCallback(TrainerCallback):
     def __init__(self, adapter: StockTrainerAdapter) -> None:
         self.adapter = adapter
 
-    def on_train_begin(self, args, state, control, *, model, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
         refuse_fsdp(args)
+        make_skips_visible(optimizer.optimizer)  # inside Accelerate's
         self.adapter.arguments = args
         self.adapter.restore(model)
         step = self.adapter.step.global_step
