@@ -27,6 +27,7 @@ from quality_run import CONFIGS, OutOfTimeError, finish, make_run
 from quality_table import picture_sheet, read_grid, section, table, write_page
 from sim_hf.data import write_scenes
 from sim_hf.data.scenes import GENERATOR_NAME
+from sim_hf.promptable_segmenter import UnavailableError
 from sim_hf.training.assembly import coco_folder
 from sim_hf.training.resume import run_identity
 
@@ -72,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = read_grid(folder)
     if grid.records:
         print(f"\n{table(grid)}")
-    print("all runs are finished" if complete else "the time is over; the same command goes on")
+    print("all runs that can be made are finished" if complete else "the time is over; the same command goes on")
     print(f"runs: {folder}; the page with the table: python benchmarks/quality.py --table-only --runs {options.runs}")
     return 0
 
 
 def run_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Sequence[str]) -> bool:
-    """Seed by seed, so that every row has its first number early -> whether all runs are finished."""
+    """Seed by seed, so that every row has its first number early -> whether all runs that can be made are finished. A row
+    whose label model cannot be had is skipped with a line that says so."""
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     for seed in options.seeds:
         for row in options.rows:
@@ -93,6 +95,8 @@ def run_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Seque
                 finish(run, deadline)
             except OutOfTimeError:
                 return False
+            except UnavailableError as error:
+                print(f"{row}, seed {seed}: skipped, {error}")
     return True
 
 

@@ -37,12 +37,6 @@ OTHER_SUPERVISIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Six scenes of 64 pixels and a network of a few thousand weights."""
@@ -116,6 +110,12 @@ def test_when_the_time_is_over_a_run_leaves_a_checkpoint_and_goes_on_later(flags
     assert "the time is over" in capsys.readouterr().out
     assert results_of(tmp_path) == {}
     assert [path.name for path in tmp_path.glob("*/*/seed-0/train/checkpoints/*")] == ["step-00000000"]
+
+
+def test_a_row_whose_label_model_cannot_be_had_is_skipped_and_says_so(flags, tmp_path, capsys):
+    assert quality.main(["--rows", "sam", "--runs", str(tmp_path), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "sam, seed 0: skipped, facebook/sam2.1-hiera-tiny" in said and "all runs that can be made are finished" in said
 
 
 def test_a_finished_run_with_other_options_is_refused(flags, finished):

@@ -17,6 +17,7 @@ LAYERS = [
     {"criteria", "evaluation", "models", "visualization", "conversion"},
     {"hub"},  # a trainer pushes its model with a card
     {"labeling"},  # the second phase of a training labels its images
+    {"promptable_segmenter"},
     {"training"},
     {"pipeline", "onnx_export", "label_file", "prediction", "demo"},
     {"cli"},

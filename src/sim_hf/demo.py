@@ -172,11 +172,10 @@ def _labelling_seconds(trial: Trainer, num_images: int = 6) -> float:
     """What labelling all training images in the middle of the run will take, from a few of them."""
     if trial.second_phase_step is None:
         return 0.0
-    assert trial.step.teacher is not None
     rows = [trial.data.train[index] for index in range(min(num_images, len(trial.data.train)))]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, trial.accelerator.autocast():
-        generate_masks(trial.step.teacher.model, trial.processor, rows, Path(folder))
+        generate_masks(trial.labeller(), rows, Path(folder))
     return (time.perf_counter() - started) / len(rows) * len(trial.data.train)
 
 

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from sim_hf.data import AnnotationError, decode_segmentation, encode_rle, read_image, validate_coco, write_coco
 from sim_hf.data.polygons import mask_polygons
-from sim_hf.evaluation.prediction import evaluating, names_of
-from sim_hf.labeling import LabelOptions, masks_for_boxes
+from sim_hf.evaluation.prediction import names_of
+from sim_hf.labeling import Labeller, LabelOptions, network_labeller
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.processes import process_state
+from sim_hf.promptable_segmenter import PromptableSegmenter, is_promptable
 from sim_hf.visualization import draw_instances
 
 logger = logging.getLogger(__name__)
@@ -99,20 +100,16 @@ def _work_list(document: dict, job: LabelJob) -> list[dict]:
 
 
 def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path, identity: str, state: PartialState) -> None:
-    model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32)
-    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
-    processor = SIMImageProcessor.from_pretrained(job.model)
-    names = names_of(model)
+    labeller, names = _labeller(job, document, state.device)
     label_of = _labels_by_category(document, names)
-    options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below)
     bar = tqdm(mine, desc="label", unit="image", disable=not state.is_local_main_process)
-    with evaluating(model), partial.open("a", encoding="utf-8") as file:
+    with partial.open("a", encoding="utf-8") as file:
         for number, entry in enumerate(bar):
             image = entry["image"]
             picture = read_image(job.images / image["file_name"])
             boxes_n4 = torch.tensor([box for _, box in entry["boxes"]], dtype=torch.float32)
             labels = [label_of.get(annotation["category_id"]) for annotation, _ in entry["boxes"]]
-            found = masks_for_boxes(model, processor, picture, boxes_n4, labels, options)
+            found = labeller(picture, boxes_n4, labels)
             masks = [found.mask(i).numpy() for i in range(len(found))]
             record = {
                 "identity": identity,
@@ -125,6 +122,18 @@ def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path
             file.flush()
             if job.pictures is not None and number < NUM_PICTURES:
                 _draw(job.pictures, image, picture, boxes_n4, labels, found.masks(), names)
+
+
+def _labeller(job: LabelJob, document: dict, device: torch.device) -> tuple[Labeller, dict[int, str]]:
+    """Who makes the masks, and its classes by label; a promptable segmenter has none and takes the file's."""
+    if is_promptable(job.model):
+        names = {number: category["name"] for number, category in enumerate(document["categories"])}
+        return PromptableSegmenter.from_pretrained(job.model, device).masks_for_boxes, names
+    model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
+    processor = SIMImageProcessor.from_pretrained(job.model)
+    options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below)
+    return network_labeller(model, processor, options), names_of(model)
 
 
 def _labels_by_category(document: dict, id2label: dict[int, str]) -> dict[int, int]:

@@ -13,7 +13,7 @@ Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or bo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sim_hf.evaluation.prediction import evaluating
 from sim_hf.mask_generation.pixel_competition import RADIUS, centrality, pixel_share
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
@@ -96,7 +97,7 @@ def masks_for_boxes(
     num_boxes = len(boxes_n4)
     labels = [None] * num_boxes if labels_n is None else list(labels_n)
     views = _views(picture, boxes_n4, options)
-    sums = [_WeightedMap.empty(_pixel_region(box_4, height, width)) for box_4 in boxes_n4]
+    sums = [_WeightedMap.empty(pixel_region(box_4, height, width)) for box_4 in boxes_n4]
     for start in range(0, len(views), options.batch_size):
         _add_views(model, processor, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
     maps = [_blended(total, options) for total in sums]
@@ -120,6 +121,20 @@ class _View:
     left: int = 0
     top: int = 0
     mirrored: bool = False
+
+# Picture (RGB), boxes (n, 4) in its pixels, xyxy, and their labels (None: unknown) -> a mask for each box.
+Labeller = Callable[[Image.Image, Tensor, Sequence[int | None]], BoxMasks]
+
+
+def network_labeller(model: nn.Module, processor, options: LabelOptions | None = None) -> Labeller:
+    """`masks_for_boxes` of a network, as it is when it is asked."""
+
+    def label(picture: Image.Image, boxes_n4: Tensor, labels_n: Sequence[int | None]) -> BoxMasks:
+        with evaluating(model):
+            return masks_for_boxes(model, processor, picture, boxes_n4, labels_n, options)
+
+    return label
+
 
     def boxes(self, boxes_n4: Tensor) -> Tensor:
         """The boxes of its owners in its own pixels -> (owners, 4)."""
@@ -174,7 +189,7 @@ def _views(picture: Image.Image, boxes_n4: Tensor, options: LabelOptions) -> lis
     return views
 
 
-def _pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
+def pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
     """The whole pixels that a box touches, at least one, inside the picture -> (left, top, right, bottom)."""
     x1, y1, x2, y2 = box_4.tolist()
     left, top = min(max(int(x1), 0), width - 1), min(max(int(y1), 0), height - 1)

@@ -66,9 +66,9 @@ def test_label_writes_polygons_on_request(world, tmp_path):
 def test_label_goes_on_after_an_interruption_with_the_same_result(world, tmp_path, monkeypatch):
     whole, resumed = tmp_path / "whole.json", tmp_path / "resumed.json"
     run_label(world, whole)
-    import sim_hf.label_file as label_file
+    import sim_hf.labeling as labeling
 
-    real, calls = label_file.masks_for_boxes, []
+    real, calls = labeling.masks_for_boxes, []
 
     def dies_at_the_third(*args, **kwargs):
         calls.append(1)
@@ -76,10 +76,10 @@ def test_label_goes_on_after_an_interruption_with_the_same_result(world, tmp_pat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(label_file, "masks_for_boxes", dies_at_the_third)
+    monkeypatch.setattr(labeling, "masks_for_boxes", dies_at_the_third)
     assert run_label(world, resumed) == 130
     assert not resumed.exists() and list(tmp_path.glob("resumed.json.partial-*"))
-    monkeypatch.setattr(label_file, "masks_for_boxes", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(labeling, "masks_for_boxes", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     calls.clear()
     assert run_label(world, resumed) == 0
     assert len(calls) == 1  # two of three images were done

@@ -10,10 +10,11 @@ from transformers import TrainingArguments
 
 from factories import make_arguments, save_tiny_model, tiny_model, tiny_processor, write_shapes
 from sim_hf.data import decode_segmentation, encode_rle
+from sim_hf.labeling import network_labeller
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.training.arguments import SupervisionArguments
 from sim_hf.training.hf_trainer import SIMTrainer
-from sim_hf.training.second_phase import NO_MASK, LabelledRows, generate_masks, read_masks
+from sim_hf.training.second_phase import NO_MASK, OPTIONS, LabelledRows, generate_masks, read_masks
 from sim_hf.training.trainer import Trainer
 
 SUPERVISION = {"supervision": "sim", "max_steps": 4, "second_phase": 0.5}
@@ -32,6 +33,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(data, model, tmp_path_factory):
     return Trainer(make_arguments(data, model, tmp_path_factory.mktemp("rows"))).data.train
+
+
+def labeller_of(model):
+    network, processor = SIMForInstanceSegmentation.from_pretrained(model), SIMImageProcessor.from_pretrained(model)
+    return network_labeller(network, processor, OPTIONS)
 
 
 def rle(height=4, width=5):
@@ -54,8 +60,8 @@ def test_masks_of_other_rows_are_refused():
 
 
 def test_every_usable_box_gets_a_mask_inside_it_whatever_the_number_of_processes(rows, model, tmp_path):
-    network, processor = SIMForInstanceSegmentation.from_pretrained(model).eval(), SIMImageProcessor.from_pretrained(model)
-    whole = generate_masks(network, processor, rows, tmp_path / "one", min_confidence=0.0)
+    labeller = labeller_of(model)
+    whole = generate_masks(labeller, rows, tmp_path / "one", min_confidence=0.0)
     assert [len(masks) for masks in whole] == [len(row["objects"]["bbox"]) for row in rows]
     assert whole[2] == []  # the empty image
     for row, masks in zip(rows, whole, strict=True):
@@ -65,19 +71,19 @@ def test_every_usable_box_gets_a_mask_inside_it_whatever_the_number_of_processes
             assert x - 1 <= columns.min() and columns.max() <= x + w and y - 1 <= lines.min() and lines.max() <= y + h
     # The second process first; the first one joins the parts.
     with pytest.raises(FileNotFoundError):
-        generate_masks(network, processor, rows, tmp_path / "two", process_index=1, num_processes=2)
-    generate_masks(network, processor, rows, tmp_path / "two", process_index=0, num_processes=2)
+        generate_masks(labeller, rows, tmp_path / "two", process_index=1, num_processes=2)
+    generate_masks(labeller, rows, tmp_path / "two", process_index=0, num_processes=2)
     assert read_masks(tmp_path / "two", min_confidence=0.0) == whole
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["masks.jsonl"]
 
 
 def test_doubtful_masks_crowds_and_boxes_without_area_stay_boxes(rows, model, tmp_path):
-    network, processor = SIMForInstanceSegmentation.from_pretrained(model).eval(), SIMImageProcessor.from_pretrained(model)
+    labeller = labeller_of(model)
     row = dict(rows[0])
     objects = row["objects"]
     box = objects["bbox"][0]
     objects = {"bbox": [box, box, [*box[:3], 0.0]], "category": [0, 0, 0], "iscrowd": [False, True, False]}
-    masks = generate_masks(network, processor, [row | {"objects": objects}], tmp_path, min_confidence=0.0)
+    masks = generate_masks(labeller, [row | {"objects": objects}], tmp_path, min_confidence=0.0)
     assert [mask == NO_MASK for mask in masks[0]] == [False, True, True]
     assert read_masks(tmp_path, min_confidence=1.1) == [[NO_MASK] * 3]
 

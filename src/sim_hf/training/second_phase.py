@@ -1,8 +1,8 @@
 """The second phase of a run: the teacher labels the training images once, and from then on these masks are trained on.
 
 Not in SIM; after Mask Auto-Labeler (arXiv 2301.03992), which labels first and then trains another network. Labelling may take
-its time (boxes as prompts, small objects enlarged, neighbours compete: `labeling.masks_for_boxes`), so
-these masks are better than what the same teacher says in passing during a step.
+its time (boxes as prompts, small objects enlarged, neighbours compete: `labeling.masks_for_boxes`), so these masks are better
+than what the same teacher says in passing during a step. A promptable segmenter may be asked in the teacher's place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from sim_hf.data import encode_rle, read_image
-from sim_hf.evaluation.prediction import evaluating
-from sim_hf.labeling import LabelOptions, masks_for_boxes
+from sim_hf.labeling import Labeller, LabelOptions
 
 NO_MASK = ""  # in `objects.segmentation`: the instance has a box only
 # Without the mirrored views, which cost half of the time (benchmarks/label_settings.py has what they bring).
@@ -53,29 +51,27 @@ class LabelledRows:
 
 
 def generate_masks(
-    model: nn.Module,
-    processor,
+    labeller: Labeller,
     rows: Any,
     folder: Path,
     *,
     process_index: int = 0,
     num_processes: int = 1,
     barrier: Callable[[], None] = lambda: None,
-    options: LabelOptions = OPTIONS,
     min_confidence: float = MIN_CONFIDENCE,
 ) -> list[list[str]]:
     """Masks of all rows, made by all processes together (each calls this) and kept in `folder` -> as `LabelledRows` takes them.
 
-    rows: map-style, with labels of the model. Crowds and boxes without area get none.
+    rows: map-style, with the labels that the labeller knows. Crowds and boxes without area get none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f"part-{process_index}.jsonl"
     mine = tqdm(
         range(process_index, len(rows), num_processes), desc="label", unit="image", disable=process_index > 0, leave=False
     )
-    with evaluating(model), own.open("w", encoding="utf-8") as file:
+    with own.open("w", encoding="utf-8") as file:
         for index in mine:
-            file.write(json.dumps({"row": index, "objects": _masks_of_row(model, processor, rows[index], options)}) + "\n")
+            file.write(json.dumps({"row": index, "objects": _masks_of_row(labeller, rows[index])}) + "\n")
     barrier()
     if process_index == 0:
         parts = [folder / f"part-{rank}.jsonl" for rank in range(num_processes)]
@@ -97,7 +93,7 @@ def read_masks(folder: Path, *, min_confidence: float = MIN_CONFIDENCE) -> list[
     ]
 
 
-def _masks_of_row(model: nn.Module, processor, row: Mapping[str, Any], options: LabelOptions) -> list[tuple[str, float]]:
+def _masks_of_row(labeller: Labeller, row: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(mask, confidence) of every object of the row, in its order."""
     objects = row["objects"]
     crowd = objects.get("iscrowd") or [False] * len(objects["bbox"])
@@ -107,7 +103,7 @@ def _masks_of_row(model: nn.Module, processor, row: Mapping[str, Any], options: 
         boxes_n4 = torch.tensor([objects["bbox"][i] for i in chosen], dtype=torch.float32)
         boxes_n4[:, 2:] += boxes_n4[:, :2]
         labels = [int(objects["category"][i]) for i in chosen]
-        masks = masks_for_boxes(model, processor, read_image(row["image"]), boxes_n4, labels, options)
+        masks = labeller(read_image(row["image"]), boxes_n4, labels)
         for place, i in enumerate(chosen):
             mask = masks.mask(place)
             if bool(mask.any()):

@@ -18,7 +18,9 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm.auto import tqdm
 
 from sim_hf.evaluation.diagnostics import collapse_warning
+from sim_hf.labeling import Labeller, network_labeller
 from sim_hf.processes import leave_process_group
+from sim_hf.promptable_segmenter import PromptableSegmenter
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
 from sim_hf.training.assembly import build_data, build_model, build_step
@@ -31,7 +33,7 @@ from sim_hf.training.out_of_memory import explained
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
 from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
-from sim_hf.training.second_phase import NO_MASK, LabelledRows, generate_masks, read_masks
+from sim_hf.training.second_phase import NO_MASK, OPTIONS, LabelledRows, generate_masks, read_masks
 from sim_hf.training.sharding import fsdp_plugin, whole, whole_network
 from sim_hf.training.step import StepInputs
 from sim_hf.training.step_diagnostics import step_diagnostics
@@ -197,17 +199,15 @@ class Trainer:
         return start is not None and self.step.global_step >= start and not self.step.second_phase
 
     def begin_second_phase(self) -> Iterator[list[dict]]:
-        """Label the training images with the teacher, or read what it said before the run was interrupted -> the stream of
-        the same images, with masks."""
+        """Label the training images, or read what was said before the run was interrupted -> the stream of the same images,
+        with masks."""
         folder = self.output_dir / SECOND_PHASE_FOLDER
         if self.step.global_step > (self.second_phase_step or 0):
             masks = read_masks(folder)
         else:
-            assert self.step.teacher is not None  # build_step makes one
             with self.accelerator.autocast():
                 masks = generate_masks(
-                    self.step.teacher.model,
-                    self.processor,
+                    self.labeller(),
                     self.data.train,
                     folder,
                     process_index=self.accelerator.process_index,
@@ -215,10 +215,17 @@ class Trainer:
                     barrier=self.accelerator.wait_for_everyone,
                 )
         found = [mask != NO_MASK for row in masks for mask in row]
-        self.say(f"second phase: {sum(found)} of {len(found)} instances have a mask of the teacher, the others keep their box")
+        self.say(f"second phase: {sum(found)} of {len(found)} instances have a mask now, the others keep their box")
         self.batches.read(LabelledRows(self.data.train, masks), with_masks=True)
         self.step.second_phase = True
         return iter(self.batches)
+
+    def labeller(self) -> Labeller:
+        """Who labels the training images: the teacher, or the promptable segmenter that is named."""
+        if self.supervision.label_model:
+            return PromptableSegmenter.from_pretrained(self.supervision.label_model, self.accelerator.device).masks_for_boxes
+        assert self.step.teacher is not None  # build_step makes one
+        return network_labeller(self.step.teacher.model, self.processor, OPTIONS)
 
     def optimizer_step(self, stream: Iterator[list[dict]]) -> dict[str, float]:
         """One update over all micro-batches -> what was measured (losses summed over micro-batches and ranks)."""
