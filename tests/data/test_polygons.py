@@ -29,6 +29,13 @@ def test_straight_sides_keep_their_corners_only():
     assert len(polygon) == 8
 
 
+def test_the_largest_region_comes_first():
+    """Some tools read the first polygon of an object only."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[0, 0] = mask[2:5, 2:6] = mask[6:8, 0:3] = True
+    assert [polygon[:2] for polygon in mask_polygons(mask)] == [[2.0, 2.0], [0.0, 6.0], [0.0, 0.0]]
+
+
 def test_two_regions_are_two_polygons_also_when_they_touch_at_a_corner():
     mask = np.zeros((6, 6), dtype=bool)
     mask[1:3, 1:3] = True

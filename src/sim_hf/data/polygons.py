@@ -8,17 +8,19 @@ import numpy as np
 def mask_polygons(mask_HW: np.ndarray) -> list[list[float]]:
     """The outlines of a boolean mask (H, W) along its pixel edges -> COCO polygons [[x1, y1, x2, y2, ...], ...].
 
-    One polygon for each 4-connected region, corners only. Holes are filled: a COCO segmentation is the union of its polygons.
+    One polygon for each 4-connected region, the largest first (some tools read no other), corners only. Holes are filled: a
+    COCO segmentation is the union of its polygons.
     """
     padded = np.pad(np.asarray(mask_HW, dtype=bool), 1)
     following = _edges(padded)
-    polygons = []
+    found: list[tuple[float, list[float]]] = []
     while following:
         start = min(following)  # the topmost, then leftmost corner: never on a hole before its outline
         loop = _trace(following, start)
-        if _signed_area(loop) > 0:
-            polygons.append([float(value) for y, x in _corners(loop) for value in (x, y)])
-    return polygons
+        area = _signed_area(loop)
+        if area > 0:
+            found.append((area, [float(value) for y, x in _corners(loop) for value in (x, y)]))
+    return [polygon for _, polygon in sorted(found, key=lambda entry: -entry[0])]
 
 
 def _edges(padded: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
