@@ -90,7 +90,17 @@ def masks_for_boxes(
     labels_n: Sequence[int | None] | None = None,
     options: LabelOptions | None = None,
 ) -> BoxMasks:
-    """One mask per box. boxes_n4: xyxy pixels of `picture` (RGB). labels_n: the model's label of each box, None if unknown."""
+    """One mask per box. boxes_n4: xyxy pixels of `picture` (RGB). labels_n: the model's label of each box, None if unknown.
+
+    Examples:
+        >>> from sim_hf import SIMForInstanceSegmentation, SIMImageProcessor
+        >>> from sim_hf.data import read_image
+        >>> model = SIMForInstanceSegmentation.from_pretrained("assets/sim-tiny")
+        >>> processor = SIMImageProcessor.from_pretrained("assets/sim-tiny")
+        >>> found = masks_for_boxes(model, processor, read_image("photo.jpg"), [[40, 30, 200, 160]])
+        >>> found.masks().shape == (1, *found.size), bool(found.mask(0)[:30].any())
+        (True, False)
+    """
     options = options or LabelOptions()
     height, width = picture.height, picture.width
     boxes_n4 = torch.as_tensor(boxes_n4, dtype=torch.float32).cpu().reshape(-1, 4)
@@ -112,16 +122,6 @@ def masks_for_boxes(
     )
 
 
-@dataclass
-class _View:
-    """A picture or a crop of it, the boxes that it is for, where it lies in the picture, and whether it is mirrored."""
-
-    picture: Image.Image
-    owners: list[int]
-    left: int = 0
-    top: int = 0
-    mirrored: bool = False
-
 # Picture (RGB), boxes (n, 4) in its pixels, xyxy, and their labels (None: unknown) -> a mask for each box.
 Labeller = Callable[[Image.Image, Tensor, Sequence[int | None]], BoxMasks]
 
@@ -135,6 +135,16 @@ def network_labeller(model: nn.Module, processor, options: LabelOptions | None =
 
     return label
 
+
+@dataclass
+class _View:
+    """A picture or a crop of it, the boxes that it is for, where it lies in the picture, and whether it is mirrored."""
+
+    picture: Image.Image
+    owners: list[int]
+    left: int = 0
+    top: int = 0
+    mirrored: bool = False
 
     def boxes(self, boxes_n4: Tensor) -> Tensor:
         """The boxes of its owners in its own pixels -> (owners, 4)."""

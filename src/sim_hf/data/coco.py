@@ -56,6 +56,15 @@ def load_coco(
 
     Boxes that leave their image are clipped, those without area or wholly outside are dropped; one warning counts them, and
     `strict=True` refuses them. What cannot be repaired raises `AnnotationError` with the file and the place.
+
+    Examples:
+        >>> from sim_hf.data import load_coco, write_scenes
+        >>> folder = write_scenes("scenes", num_train=2, num_val=0, size=128, progress=False)
+        >>> rows = load_coco(folder / "images", folder / "instances_train.json")
+        >>> rows.column_names
+        ['image_id', 'image', 'width', 'height', 'objects']
+        >>> sorted(rows[0]["objects"])
+        ['area', 'bbox', 'category', 'id', 'iscrowd']
     """
     check_box_format(box_format)
     folder = ImageFolder(Path(image_dir))

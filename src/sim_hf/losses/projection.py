@@ -29,6 +29,17 @@ def projection_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor
     """Dice loss between the shadows of mask and box, summed over the two axes -> (N,) in 0..2.
 
     `rows_NH` and `columns_NW` are `box_projections` of the instance of each row.
+
+    Examples:
+        >>> rows, columns = box_projections(torch.tensor([[4.0, 4.0, 12.0, 8.0]]), height=4, width=4, stride=4)
+        >>> rows.tolist(), columns.tolist()
+        ([[0.0, 1.0, 0.0, 0.0]], [[0.0, 1.0, 1.0, 0.0]])
+        >>> mask_logits = torch.full((1, 4, 4), -20.0)  # nothing: its shadows are empty
+        >>> round(projection_loss(mask_logits, rows, columns).item(), 3)
+        2.0
+        >>> mask_logits[0, 1, 1:3] = 20.0  # what reaches from side to side of the box casts its shadows
+        >>> round(projection_loss(mask_logits, rows, columns).item(), 3)
+        0.0
     """
     num_rows, height, width = mask_logits_NHW.shape
     _check_shadows(rows_NH, columns_NW, (num_rows, height), (num_rows, width))

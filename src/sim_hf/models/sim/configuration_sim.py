@@ -79,6 +79,11 @@ class SIMConfig(Mask2FormerConfig):
 
         backbone: a backbone configuration (object or dict), a transformers model type ("convnext", "dinov2") or a timm
         model ("timm:convnext_tiny"). Nothing is downloaded.
+
+        Examples:
+            >>> config = SIMConfig.from_preset("tiny", id2label={0: "bird", 1: "gecko"}, num_queries=50)
+            >>> config.num_queries, config.label2id["gecko"], config.backbone_config.backbone
+            (50, 1, 'mobilenetv2_100')
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
