@@ -46,7 +46,7 @@ FAULTS = (
             PUSH + "test_a_data_set_whose_upload_breaks_stays_as_it_was",
         ),
         slow=True,
-        stock="transformers' Trainer and `upload_folder` push in several commits, optimizer pickles included in some example scripts",
+        stock="transformers' Trainer and `upload_folder` push in several commits, some with optimizer pickles",
     ),
     Fault(
         33,

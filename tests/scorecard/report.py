@@ -1,4 +1,4 @@
-"""The page for people and the record for programs."""
+"""The record of the scorecard for programs, and the page for people that is made of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from fault import HARM, Fault
@@ -16,76 +17,87 @@ INTRODUCTION = """# Reliability
 
 <!-- Written by `make scorecard`: do not edit. -->
 
-{passed} of {total} injected faults were survived in the last run of `make scorecard`{not_run}. Each row is one or more tests that inject the real fault:
-a SIGKILL at every file operation, a full disk, a rank without objects, a picture that unfolds into a gigabyte. The last column says what a stock tool
-does in the same case: *measured* by the same command with the versions below, or *known* from its source.
+{passed} of {total} injected faults were survived when `make scorecard` last injected them{rest}. Each row is one test or more
+that injects the real fault: a SIGKILL at every file operation, a full disk, a rank without objects, a picture that unfolds
+into a gigabyte. The last column says what a stock tool does in the same case: *measured* by the same command with the
+versions below, or *known* from its source.
 """
 
 
-def write_record(path: Path, outcomes: Sequence[Outcome], stock: Mapping[int, str]) -> None:
-    record = {
-        "passed": sum(outcome.result == "survived" for outcome in outcomes),
-        "total": len(outcomes),
-        "rows": [
-            {
-                "number": outcome.fault.number,
-                "name": outcome.fault.name,
-                "harm": outcome.fault.harm,
-                "fault": outcome.fault.injected,
-                "expected": outcome.fault.expected,
-                "result": outcome.result,
-                "seconds": round(outcome.seconds, 1),
-                "num_tests": outcome.passed,
-                "stock": stock_finding(outcome.fault, stock),
-            }
-            for outcome in outcomes
-        ],
+def updated_record(path: Path, faults: Sequence[Fault], outcomes: Sequence[Outcome], stock: Mapping[int, str]) -> dict[str, Any]:
+    """The record at `path` with the rows of these outcomes replaced; a fault that never ran here is "not run"."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    rows = {row["number"]: row for row in old["rows"]}
+    for outcome in outcomes:
+        rows[outcome.fault.number] = {
+            **rows.get(outcome.fault.number, {}),
+            "result": outcome.result,
+            "seconds": round(outcome.seconds, 1),
+            "num_tests": outcome.passed,
+        }
+    complete = [
+        {**_described(fault), **_measured(rows.get(fault.number)), "stock": _stock(fault, stock, rows)} for fault in faults
+    ]
+    return {
+        "passed": sum(row["result"] == "survived" for row in complete),
+        "total": len(complete),
         "cuda": torch.cuda.is_available(),
         "versions": versions(),
+        "rows": complete,
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def write_document(path: Path, outcomes: Sequence[Outcome], stock: Mapping[int, str]) -> None:
-    not_run = sum(outcome.result.startswith("not run") for outcome in outcomes)
-    introduction = INTRODUCTION.format(
-        passed=sum(outcome.result == "survived" for outcome in outcomes),
-        total=len(outcomes),
-        not_run=f" ({not_run} could not run there)" if not_run else "",
-    )
-    path.write_text(
-        "\n".join([introduction, table(outcomes, stock), closing(outcomes), details([o.fault for o in outcomes])]),
-        encoding="utf-8",
-    )
+def _described(fault: Fault) -> dict[str, Any]:
+    return {
+        "number": fault.number,
+        "name": fault.name,
+        "harm": fault.harm,
+        "fault": fault.injected,
+        "expected": fault.expected,
+    }
 
 
-def table(outcomes: Sequence[Outcome], stock: Mapping[int, str]) -> str:
+def _measured(row: Mapping[str, Any] | None) -> dict[str, Any]:
+    if row is None:
+        return {"result": "not run", "seconds": 0.0, "num_tests": 0}
+    return {name: row[name] for name in ("result", "seconds", "num_tests")}
+
+
+def _stock(fault: Fault, stock: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]]) -> str:
+    if fault.number in stock:
+        return f"measured: {stock[fault.number]}"
+    before = rows.get(fault.number, {}).get("stock", "")
+    if before.startswith("measured"):
+        return before
+    return f"known: {fault.stock}" if fault.stock else "not measured"
+
+
+def page(record: Mapping[str, Any], faults: Sequence[Fault]) -> str:
+    failed = sum(row["result"] == "FAILED" for row in record["rows"])
+    not_run = record["total"] - record["passed"] - failed
+    rest = "".join(f", {count} {what}" for count, what in ((failed, "were not"), (not_run, "could not run there")) if count)
+    introduction = INTRODUCTION.format(passed=record["passed"], total=record["total"], rest=rest)
+    return "\n".join([introduction, table(record["rows"]), closing(record, faults), details(faults)])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| | name | harm | fault | expected | result | tests | s | a stock tool |", "|---|---|---|---|---|---|---|---|---|"]
-    for outcome in outcomes:
-        fault = outcome.fault
-        cells = [
-            f"[{fault.number}](#{anchor(fault)})",
-            fault.name,
-            fault.harm,
-            fault.injected,
-            fault.expected,
-            outcome.result,
-            str(outcome.passed),
-            f"{outcome.seconds:.0f}",
-            stock_finding(fault, stock),
-        ]
+    for row in rows:
+        number = f"[{row['number']}](#{row['number']}-{row['name']})"
+        counts = (str(row["num_tests"]), f"{row['seconds']:.0f}")
+        cells = [number, row["name"], row["harm"], row["fault"], row["expected"], row["result"], *counts, row["stock"]]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     legend = "; ".join(f"{letter} {text}" for letter, text in HARM.items())
-    return "\n".join([*lines, "", f"Harm: {legend}."])
+    return "\n".join([*lines, "", f"Harm: {legend}. Seconds are those of the machine and of what else it did."])
 
 
-def closing(outcomes: Sequence[Outcome]) -> str:
-    numbers = ", ".join(str(outcome.fault.number) for outcome in outcomes if outcome.fault.gpu_tests)
-    where = "ran" if torch.cuda.is_available() else "did not run: there was no GPU"
+def closing(record: Mapping[str, Any], faults: Sequence[Fault]) -> str:
+    numbers = ", ".join(str(fault.number) for fault in faults if fault.gpu_tests)
+    where = "can run there too" if record["cuda"] else "did not run: there was no GPU"
     return (
-        f"\nRows {numbers} are about half precision and are counted on the CPU. Their tests on CUDA (`pytest -m gpu tests/scorecard`) {where}.\n\n"
-        f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.\n"
+        f"\nRows {numbers} are about half precision and are counted on the CPU. Their tests on CUDA (`pytest -m gpu "
+        f"tests/scorecard`) {where}.\n\n"
+        f"Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.\n"
     )
 
 
@@ -100,16 +112,6 @@ def details(faults: Sequence[Fault]) -> str:
             f"* You: {fault.then}.\n"
         )
     return "\n".join(parts)
-
-
-def anchor(fault: Fault) -> str:
-    return f"{fault.number}-{fault.name}"
-
-
-def stock_finding(fault: Fault, stock: Mapping[int, str]) -> str:
-    if fault.number in stock:
-        return f"measured: {stock[fault.number]}"
-    return f"known: {fault.stock}" if fault.stock and fault.stock != "not measured" else "not measured"
 
 
 def versions() -> dict[str, str]:

@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import SCRIPT, TIMEOUT
 from factories import make_arguments
 from sim_hf.training.checkpoint import verify
 from sim_hf.training.state_files import load_state
 from sim_hf.training.trainer import Trainer
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+TIMEOUT = 280  # seconds, on a loaded machine
 STOPPED = 128 + signal.SIGTERM
 
 

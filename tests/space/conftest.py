@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,9 @@ class Server:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space")
+@contextmanager
+def running_space(folder, *program):
+    """A Space in a process of its own -> its Server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +47,7 @@ def server(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     log = (folder / "log.txt").open("w")
-    process = subprocess.Popen([sys.executable, str(SPACE / "app.py")], env=environment, stdout=log, stderr=log)
+    process = subprocess.Popen([sys.executable, *program], cwd=SPACE, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_up(url, process, folder / "log.txt")
@@ -55,6 +56,20 @@ def server(tmp_path_factory):
         process.terminate()
         process.wait(timeout=30)
         log.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with running_space(tmp_path_factory.mktemp("space"), str(SPACE / "app.py")) as running:
+        yield running
+
+
+@pytest.fixture
+def hurried_server(tmp_path):
+    """A Space that keeps uploads for seconds instead of an hour."""
+    program = "import app; app._CLEAN_EVERY, app._FILES_LIVE = 1, 2; app.main()"
+    with running_space(tmp_path, "-c", program) as running:
+        yield running
 
 
 def wait_until_up(url, process, log):

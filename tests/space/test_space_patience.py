@@ -2,15 +2,12 @@
 
 import os
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 from gradio_client import Client, handle_file
 
-from conftest import SPACE, wait_until_up
 from example_pictures import FOLDER
 
 BIRDS = FOLDER / "birds.jpg"
@@ -38,27 +35,10 @@ def test_35_clients_that_hang_up_and_slow_ones_stop_nobody(server):
         dawdler.close()
 
 
-def test_35_old_uploads_are_deleted(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_TEMP_DIR": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    hurried = "import app; app._CLEAN_EVERY, app._FILES_LIVE = 1, 2; app.main()"
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-c", hurried], cwd=SPACE, env=environment, stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_up(url, process, tmp_path / "log.txt")
-        sent = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.jpg", BIRDS.read_bytes())}, timeout=PATIENCE).json()[0]
-        deadline = time.monotonic() + PATIENCE
-        while os.path.exists(sent):
-            assert time.monotonic() < deadline, "the upload stays"
-            time.sleep(0.5)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+def test_35_old_uploads_are_deleted(hurried_server):
+    files = {"files": ("a.jpg", BIRDS.read_bytes())}
+    sent = httpx.post(f"{hurried_server.url}/gradio_api/upload", files=files, timeout=PATIENCE).json()[0]
+    deadline = time.monotonic() + PATIENCE
+    while os.path.exists(sent):
+        assert time.monotonic() < deadline, "the upload stays"
+        time.sleep(0.5)
