@@ -13,8 +13,9 @@ INSTALLED := $(VENV)/.installed-$(shell { echo "$(CURDIR)"; cat requirements.txt
 
 DATA ?=
 ARGS ?=
+MINUTES ?= 2
 
-.PHONY: help install demo space docs test e2e scorecard soak check bench format clean
+.PHONY: help install demo space docs test e2e scorecard fuzz audit soak check bench format clean
 
 help:  ## What can be made
 	@echo "make TARGET [DATA=folder-or-Hub-id] [ARGS=\"more options\"]"
@@ -41,6 +42,14 @@ e2e: $(INSTALLED)  ## The slow tests: the command line from end to end
 
 scorecard: $(INSTALLED)  ## Inject the 36 faults; writes docs/reliability.md (ARGS="--fast", "--rows 1 19")
 	OMP_NUM_THREADS=1 $(PYTHON) tests/scorecard $(ARGS)
+
+fuzz: $(INSTALLED)  ## Feed garbage to everything that reads foreign bytes, MINUTES=2 each
+	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz --minutes $(MINUTES) $(ARGS)
+
+audit: $(INSTALLED)  ## Security rules, pickles, secrets, and known vulnerabilities of the pinned packages (needs a network)
+	$(PYTHON) -m ruff check --select S src spaces scripts
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_supply_chain.py
+	$(PYTHON) -m uv tool run pip-audit --requirement requirements.txt --no-deps --disable-pip
 
 soak: $(INSTALLED)  ## Train, predict and serve for long with flat memory: about an hour
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m soak -s $(ARGS)

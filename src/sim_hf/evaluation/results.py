@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from sim_hf.evaluation.redaction import without_secrets
+
 PACKAGES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "pycocotools", "sim-hf")
 TABLE_ROWS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 GIT_TIMEOUT_SECONDS = 10
@@ -100,7 +102,7 @@ def git_state(module_file: Path = Path(__file__)) -> dict[str, Any]:
 
 
 def typed_command(arguments: list[str], original_arguments: list[str]) -> str:
-    """The command as it was typed: Python replaces the program by an absolute path, which is put back."""
+    """The command as it was typed, without secrets: Python replaces the program by an absolute path, which is put back."""
     interpreter_part = original_arguments[: len(original_arguments) - len(arguments) + 1]
     program = arguments[0] if arguments else ""
     if len(interpreter_part) >= 2 and interpreter_part[-2] == "-m":
@@ -110,7 +112,7 @@ def typed_command(arguments: list[str], original_arguments: list[str]) -> str:
     else:
         name = Path(program).name if Path(program).is_absolute() else program
         start = ["python", name] if name.endswith(".py") else [name]
-    return shlex.join([*start, *arguments[1:]])
+    return shlex.join(without_secrets(word) for word in [*start, *arguments[1:]])
 
 
 def _git(*arguments: str) -> str | None:
