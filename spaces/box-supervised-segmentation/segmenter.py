@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from boxes import NamedBox, boxes_inside
-from sim_hf import SIMForInstanceSegmentation, SIMImageProcessor, draw_instances
+from sim_hf import SIMImageProcessor, draw_instances, load_model
 from sim_hf.data import decode_segmentation, encode_rle
 from sim_hf.evaluation.prediction import predict_images
 from sim_hf.labeling import masks_for_boxes
@@ -91,9 +91,7 @@ class Segmenter:
 
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
         source: dict[str, Any] = {} if revision is None else {"revision": revision}
-        self.model = SIMForInstanceSegmentation.from_pretrained(
-            model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **source
-        ).eval()
+        self.model = load_model(model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **source).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = SIMImageProcessor.from_pretrained(model, **source)
         self.names: dict[int, str] = {int(label): name for label, name in self.model.config.id2label.items()}

@@ -1,4 +1,4 @@
-"""Box-supervised instance segmentation: SIM (CVPR 2023) on Mask2Former, for the Hugging Face ecosystem.
+"""Box-supervised instance segmentation: SIM (CVPR 2023) on Mask2Former and CondInst, for the Hugging Face ecosystem.
 
 Importing the package registers its configuration, models and image processor with transformers' Auto classes, and the task
 "instance-segmentation" with its pipelines. What else it offers is loaded when it is first asked for.
@@ -7,6 +7,8 @@ Importing the package registers its configuration, models and image processor wi
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sim_hf.models.architectures import load_model
+from sim_hf.models.condinst import CondInstConfig, CondInstForInstanceSegmentation
 from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.pipeline import InstanceSegmentationPipeline, register
 
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CocoEvaluator",
+    "CondInstConfig",
+    "CondInstForInstanceSegmentation",
     "InstanceSegmentationPipeline",
     "SIMConfig",
     "SIMForInstanceSegmentation",
@@ -26,6 +30,7 @@ __all__ = [
     "__version__",
     "draw_instances",
     "load_coco",
+    "load_model",
     "validate_coco",
 ]
 

@@ -25,7 +25,8 @@ from sim_hf.data import AnnotationError, decode_segmentation, encode_rle, read_i
 from sim_hf.data.polygons import mask_polygons
 from sim_hf.evaluation.prediction import names_of
 from sim_hf.labeling import Labeller, LabelOptions, network_labeller
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.architectures import load_model
+from sim_hf.models.sim import SIMImageProcessor
 from sim_hf.processes import process_state
 from sim_hf.promptable_segmenter import PromptableSegmenter, is_promptable
 from sim_hf.visualization import draw_instances
@@ -129,8 +130,8 @@ def _labeller(job: LabelJob, document: dict, device: torch.device) -> tuple[Labe
     if is_promptable(job.model):
         names = {number: category["name"] for number, category in enumerate(document["categories"])}
         return PromptableSegmenter.from_pretrained(job.model, device).masks_for_boxes, names
-    model = SIMForInstanceSegmentation.from_pretrained(job.model, dtype=torch.float32)
-    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
+    model = load_model(job.model, dtype=torch.float32)
+    model.to(device)
     processor = SIMImageProcessor.from_pretrained(job.model)
     options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below)
     return network_labeller(model, processor, options), names_of(model)

@@ -210,7 +210,7 @@ class DefaultThresholdImageSegmentationPipeline(ImageSegmentationPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.model.config.model_type == "sim":
+        if hasattr(self.image_processor, "post_process_crops"):  # ours
             self._postprocess_params.setdefault("threshold", DEFAULT_THRESHOLD)
 
 

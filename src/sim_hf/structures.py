@@ -106,13 +106,15 @@ class MaskPredictions:
 
     mask_logits_NHW: logits on the mask grid (input size / stride). instance_ids_N: row of `InstanceTargets`; rows may share
     an instance. scores_N: probability of the instance's class. mask_features_BCHW: the mask features Z of the network that
-    made the predictions, on the same grid.
+    made the predictions, on the same grid. boxes_N4: the boxes that it predicted with them (xyxy, input pixels), None for a
+    network that predicts none: its boxes are the extents of its masks.
     """
 
     mask_logits_NHW: Tensor
     instance_ids_N: Tensor
     scores_N: Tensor
     mask_features_BCHW: Tensor
+    boxes_N4: Tensor | None = None
 
 
 @dataclass

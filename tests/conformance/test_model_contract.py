@@ -7,7 +7,7 @@ import suite
 import torch
 from transformers import SwinConfig
 
-from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMModel, modeling_sim
+from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMModel, strict_loading
 
 common = suite.load("test_modeling_common")
 
@@ -71,15 +71,15 @@ class SIMModelTest(common.ModelTesterMixin, unittest.TestCase):
     # makes of the rest must be right all the same.
 
     def test_correct_missing_keys(self):
-        with mock.patch.object(modeling_sim, "require_complete"):
+        with mock.patch.object(strict_loading, "require_complete"):
             super().test_correct_missing_keys()
 
     def test_model_weights_reload_no_missing_tied_weights(self):
-        with mock.patch.object(modeling_sim, "require_complete"):
+        with mock.patch.object(strict_loading, "require_complete"):
             super().test_model_weights_reload_no_missing_tied_weights()
 
     def test_can_init_all_missing_weights(self):
-        with mock.patch.object(modeling_sim, "require_complete"):
+        with mock.patch.object(strict_loading, "require_complete"):
             super().test_can_init_all_missing_weights()
 
     # The next two ask for `hidden_states`; Mask2Former has three kinds of them, under three names.

@@ -16,7 +16,8 @@ from sim_hf.data import load_coco
 from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.architectures import load_model
+from sim_hf.models.sim import SIMImageProcessor
 from sim_hf.processes import process_state
 
 
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     state = process_state()
     rows = load_coco(options.images, options.annotations, box_format=options.box_format)
-    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
-    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
+    model = load_model(options.model, dtype=torch.float32)
+    model.to(state.device)
     metrics, evaluator = evaluate_model(
         model,
         SIMImageProcessor.from_pretrained(options.model),

@@ -18,7 +18,8 @@ from sim_hf.data import ImageError, read_image
 from sim_hf.data.images import PICTURE_ENDINGS
 from sim_hf.evaluation import to_coco_results
 from sim_hf.evaluation.prediction import evaluating, names_of, predict_images
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor
+from sim_hf.models.architectures import load_model
+from sim_hf.models.sim import SIMImageProcessor
 from sim_hf.processes import process_state
 from sim_hf.visualization import draw_instances
 
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     pictures = list(_pictures(options.images))
     state = process_state()
-    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
-    model.to(state.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper of Module.to hides the bound self
+    model = load_model(options.model, dtype=torch.float32)
+    model.to(state.device)
     processor = SIMImageProcessor.from_pretrained(options.model)
     names = names_of(model)
     category_ids = model.config.category_ids or list(range(len(names)))

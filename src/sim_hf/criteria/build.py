@@ -8,6 +8,7 @@ from typing import Any, cast
 from sim_hf.criteria.base import MaskCriterion
 from sim_hf.criteria.bbtp import BBTPCriterion
 from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.criteria.dense_criterion import DenseCriterion
 from sim_hf.criteria.fully_supervised import FullySupervisedCriterion
 from sim_hf.criteria.level_set import LevelSetCriterion
 from sim_hf.criteria.matcher import HungarianMatcher
@@ -95,22 +96,12 @@ MASK_CRITERIA: dict[str, Callable[..., Any]] = {
 # "own": the supervision's own cost (masks for `full`, projections for all others)
 MATCHING_COSTS = {"own": None, "projections": projection_matching_cost, "boxes": box_matching_cost}
 
-DETECTION_CRITERIA: dict[str, type[SetCriterion]] = {"sim": SetCriterion}  # by the model_type of the architecture
+DetectionCriterion = SetCriterion | DenseCriterion
 
 
-def build_criterion(supervision, model_config, *, steps: Callable[[float], int]) -> SetCriterion:
-    """Detection side of the architecture + mask side of the supervision.
-
-    supervision: `SupervisionArguments` (or anything with its fields). model_config: gives model_type, num_labels,
-    mask_feature_size and num_queries. steps: turns a length of the schedule (steps or fraction) into steps.
-    """
-    mask_criterion = MASK_CRITERIA[supervision.supervision](
-        supervision=supervision,
-        num_classes=model_config.num_labels,
-        feature_dim=model_config.mask_feature_size,
-        steps=steps,
-    )
-    criterion = DETECTION_CRITERIA[model_config.model_type](
+def build_set(mask_criterion: MaskCriterion, *, supervision, model_config) -> SetCriterion:
+    """model_config: gives num_queries."""
+    criterion = SetCriterion(
         mask_criterion,
         num_queries=model_config.num_queries,
         class_weight=supervision.class_weight,
@@ -123,3 +114,29 @@ def build_criterion(supervision, model_config, *, steps: Callable[[float], int])
         stand_in = cast(MaskCriterion, MatchingBy(cost))  # the matcher asks for the cost only
         criterion.matcher = HungarianMatcher(stand_in, class_cost=supervision.class_cost, mask_cost=supervision.mask_cost)
     return criterion
+
+
+def build_dense(mask_criterion: MaskCriterion, *, supervision, model_config) -> DenseCriterion:
+    """model_config: gives sizes_of_interest. Nothing is matched, and FCOS's three losses have its weights."""
+    return DenseCriterion(mask_criterion, sizes_of_interest=model_config.sizes_of_interest[:-1])
+
+
+# by the model_type of the architecture
+DETECTION_CRITERIA: dict[str, Callable[..., DetectionCriterion]] = {"sim": build_set, "condinst": build_dense}
+
+
+def build_criterion(supervision, model_config, *, steps: Callable[[float], int]) -> DetectionCriterion:
+    """Detection side of the architecture + mask side of the supervision.
+
+    supervision: `SupervisionArguments` (or anything with its fields). model_config: gives model_type, num_labels,
+    mask_feature_size and what the architecture's detection side needs. steps: turns a length of the schedule (steps or fraction)
+    into steps.
+    """
+    mask_criterion = MASK_CRITERIA[supervision.supervision](
+        supervision=supervision,
+        num_classes=model_config.num_labels,
+        feature_dim=model_config.mask_feature_size,
+        steps=steps,
+    )
+    build_detection = DETECTION_CRITERIA[model_config.model_type]
+    return build_detection(mask_criterion, supervision=supervision, model_config=model_config)

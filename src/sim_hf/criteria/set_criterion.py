@@ -73,6 +73,10 @@ class SetCriterion(nn.Module):
         """This micro-batch's part of the step's `StepNormalizers`."""
         return StepNormalizers.counts(targets, self.num_queries, self.no_object_weight)
 
+    def normalizers(self, counts: Sequence[float]) -> StepNormalizers:
+        """From the sums of `counts` over micro-batches and ranks."""
+        return StepNormalizers.from_counts(*counts)
+
     def forward(
         self,
         student_output,

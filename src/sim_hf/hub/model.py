@@ -18,7 +18,8 @@ from sim_hf.hub.card_picture import SCENES_TEXT, SHEET_TEXT, run_sheet, scenes_p
 from sim_hf.hub.model_card import write_model_card
 from sim_hf.hub.repository import HubRepository
 from sim_hf.hub.run_facts import RunFacts, facts_of_run
-from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor, save_with_code
+from sim_hf.models.architectures import InstanceSegmenter, architecture_of, load_model
+from sim_hf.models.sim import SIMImageProcessor
 
 logger = logging.getLogger(__name__)
 TASK = "instance-segmentation"  # its pipeline, which the package registers, goes along with the code
@@ -66,7 +67,7 @@ def push_model(
     the card shows generated ones, if the model knows their classes. with_code: for people who have only transformers.
     """
     found = find_model(source)
-    model = SIMForInstanceSegmentation.from_pretrained(found.model, dtype="auto")
+    model = load_model(found.model, dtype="auto")
     processor = SIMImageProcessor.from_pretrained(found.model)
     own_card = found.model / CARD
     if own_card.is_file():
@@ -75,6 +76,7 @@ def push_model(
     with tempfile.TemporaryDirectory() as staging:
         files: dict[str, Path | bytes] = dict(allowed_in(found.model, MODEL_FILES))
         if with_code:
+            save_with_code = architecture_of(found.model).save_with_code
             save_with_code(staging, model, processor, pipelines={TASK: PIPELINE_REGISTRY.supported_tasks[TASK]["impl"]})
             files = dict(allowed_in(staging, re.compile(f"{MODEL_FILES.pattern}|{CODE_FILES.pattern}")))
         if own_card.is_file():
@@ -87,7 +89,7 @@ def push_model(
 def _written_card(
     repo_id: str,
     found: ModelFolder,
-    model: SIMForInstanceSegmentation,
+    model: InstanceSegmenter,
     processor: SIMImageProcessor,
     license: str | None,
     with_code: bool,

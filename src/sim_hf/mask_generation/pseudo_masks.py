@@ -80,7 +80,7 @@ class PseudoMaskGenerator:
         _check_grids((height, width), tuple(teacher.mask_features_BCHW.shape[-2:]))
         stride = targets.input_size[0] / height
         # Positive mask weighting (Eq. 6): the weights.
-        boxes_N4 = predicted_boxes(teacher.mask_logits_NHW, stride)
+        boxes_N4 = predicted_boxes(teacher.mask_logits_NHW, stride) if teacher.boxes_N4 is None else teacher.boxes_N4
         weights_N = positive_mask_weights(boxes_N4, targets.boxes_G4, teacher.instance_ids_N, mu=self.mu)
         rows_GR = positives_by_instance(teacher.instance_ids_N, len(targets))
         # Semantic probability map (Eq. 1): what it is read from, once for all chunks.

@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from sim_hf.criteria.build import MASK_CRITERIA, MATCHING_COSTS
+from sim_hf.models.architectures import PRESETS
 
 
 @dataclass
@@ -26,9 +27,7 @@ class ModelArguments:
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id to start from: a sim_hf model or any Mask2Former checkpoint."}
     )
-    preset: str = field(
-        default="tiny", metadata={"help": "Architecture when --model is not given: tiny, r50, r101, swin-t, swin-b."}
-    )
+    preset: str = field(default="tiny", metadata={"help": f"Architecture when --model is not given: {', '.join(PRESETS)}."})
     backbone: str | None = field(
         default=None, metadata={"help": "Another backbone than the preset's: 'timm:NAME' or a transformers model type."}
     )

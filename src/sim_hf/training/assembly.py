@@ -16,13 +16,8 @@ from sim_hf.data.coco import load_coco
 from sim_hf.data.hub import load_detection_dataset
 from sim_hf.data.mixture import MixedRows
 from sim_hf.mask_generation.memory_bank import MemoryBank
-from sim_hf.models.sim import (
-    SIMConfig,
-    SIMForInstanceSegmentation,
-    SIMImageProcessor,
-    load_backbone_weights,
-    load_pretrained_for_classes,
-)
+from sim_hf.models.architectures import InstanceSegmenter, architecture_of, architecture_of_preset, preset_processor
+from sim_hf.models.sim import SIMImageProcessor, load_backbone_weights
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
 from sim_hf.training.step import TrainingStep
 from sim_hf.training.teacher import EMATeacher, momentum_for_steps
@@ -96,22 +91,23 @@ def _hub_data(dataset: str, data: DataArguments) -> RunData:
 
 def build_model(
     model: ModelArguments, *, names: list[str], category_ids: list[int], image_size: int | None = None
-) -> tuple[SIMForInstanceSegmentation, SIMImageProcessor, list[str]]:
+) -> tuple[Any, SIMImageProcessor, list[str]]:
     """The network and its image processor -> (model, processor, what was loaded, a line each)."""
     id2label: Mapping[int, str] = dict(enumerate(names))
     report: list[str] = []
     if model.model:
         chosen = {} if model.box_prompts is None else {"box_prompts": model.box_prompts}
-        network, transfer = load_pretrained_for_classes(model.model, id2label=id2label, **chosen)
+        network, transfer = architecture_of(model.model).load_for_classes(model.model, id2label=id2label, **chosen)
         processor = SIMImageProcessor.from_pretrained(model.model)
         report.append(str(transfer))
     else:
         chosen = {"backbone": model.backbone, "box_prompts": model.box_prompts}
         overrides = {name: value for name, value in chosen.items() if value is not None}
-        config = SIMConfig.from_preset(model.preset, id2label=id2label, **overrides)
+        architecture = architecture_of_preset(model.preset)
+        config = architecture.config.from_preset(model.preset, id2label=id2label, **overrides)
         config.freeze_batch_norm = bool(model.backbone_weights)
-        network = SIMForInstanceSegmentation(config)
-        processor = SIMImageProcessor.from_preset(model.preset)
+        network = architecture.model(config)
+        processor = preset_processor(model.preset)
         if model.backbone_weights is None:
             report.append(
                 "the whole network starts from random weights (--model or --backbone_weights start it from better ones)"
@@ -127,7 +123,7 @@ def build_model(
 
 
 def build_step(
-    network: SIMForInstanceSegmentation,
+    network: InstanceSegmenter,
     processor: SIMImageProcessor,
     supervision: SupervisionArguments,
     run: RunArguments,

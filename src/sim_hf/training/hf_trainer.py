@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints, spe
 from transformers.training_args import OptimizerNames
 
 from sim_hf.evaluation.evaluate import evaluate_model
-from sim_hf.models.sim import SIMForInstanceSegmentation
+from sim_hf.models.architectures import InstanceSegmenter
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import DataArguments, RunArguments, SupervisionArguments
 from sim_hf.training.assembly import build_step
@@ -60,7 +60,7 @@ class SIMTrainer(PushesWithCard):
 
     def __init__(
         self,
-        model: SIMForInstanceSegmentation,
+        model: InstanceSegmenter,
         args: TrainingArguments,
         *,
         supervision: SupervisionArguments | None = None,

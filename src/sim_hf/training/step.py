@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sim_hf.criteria.set_criterion import SetCriterion, StepNormalizers
+from sim_hf.criteria.build import DetectionCriterion
 from sim_hf.data.collator import denormalize, normalize
 from sim_hf.mask_generation.copy_paste import copy_paste
 from sim_hf.mask_generation.memory_bank import MemoryBank
@@ -67,7 +67,7 @@ class TrainingStep(nn.Module):
 
     def __init__(
         self,
-        criterion: SetCriterion,
+        criterion: DetectionCriterion,
         *,
         image_mean: Sequence[float],
         image_std: Sequence[float],
@@ -122,20 +122,21 @@ class TrainingStep(nn.Module):
             prompts = prompt_boxes(jittered, targets)
         return StepInputs(pixel_values, pixel_mask, images, targets, image_keys, prompts)
 
-    def normalizers(self, inputs: Sequence[StepInputs]) -> StepNormalizers:
-        """Counts of all micro-batches of this optimiser step on all ranks (one collective, on every rank, every step)."""
+    def normalizers(self, inputs: Sequence[StepInputs]) -> Any:
+        """The criterion's counts of all micro-batches of this optimiser step on all ranks (one collective, on every rank, every
+        step)."""
         counts = torch.tensor([self.criterion.counts(x.targets) for x in inputs], dtype=torch.float64).sum(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             counts = counts.to(inputs[0].pixel_values_BCHW.device)
             torch.distributed.all_reduce(counts)
-        return StepNormalizers.from_counts(*counts.tolist())
+        return self.criterion.normalizers(counts.tolist())
 
-    def forward(self, student: nn.Module, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
+    def forward(self, student: nn.Module, inputs: StepInputs, normalizers: Any) -> CriterionOutput:
         """One micro-batch through the student and the criterion. `student` may be wrapped (DDP, compiled)."""
         outputs = student(**inputs.network_inputs(inputs.student_prompts_BP4))
         return self.loss(outputs, inputs, normalizers)
 
-    def loss(self, student_outputs, inputs: StepInputs, normalizers: StepNormalizers) -> CriterionOutput:
+    def loss(self, student_outputs, inputs: StepInputs, normalizers: Any) -> CriterionOutput:
         """The criterion on a student's outputs; the teacher looks at the same pixels and exact boxes, without gradient."""
         teacher_outputs = None
         if self.teacher is not None and not self.second_phase and self.criterion.needs_teacher(self.global_step):

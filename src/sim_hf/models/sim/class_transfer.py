@@ -38,31 +38,50 @@ def load_pretrained_for_classes(
     Everything else must load completely: missing, unexpected, misshapen or non-finite tensors are a ValueError. overrides:
     fields of the configuration. float32, for training.
     """
-    names = {int(label): str(name) for label, name in id2label.items()}
-    if sorted(names) != list(range(len(names))):
-        raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
+    names = class_names(id2label)
     config = SIMConfig.from_pretrained(path, **{"category_ids": None, **overrides})
     adds_prompts = config.box_prompts and not SIMConfig.from_pretrained(path, category_ids=None).box_prompts
     model: Any = SIMForInstanceSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, reinitialize=[".box_prompt_encoder."] if adds_prompts else ()
     )
-    old_labels = {name.strip().lower(): label for label, name in (config.id2label or {}).items()}
     old_head = model.class_predictor
     new_head = nn.Linear(old_head.in_features, len(names) + 1)
     model._init_weights(new_head)
-    transferred, fresh = [], []
+    transferred, fresh = transfer_rows(old_head, new_head, config.id2label or {}, names)
     with torch.no_grad():
-        for label, name in names.items():
-            old_label = old_labels.get(name.strip().lower())
-            if old_label is None:
-                fresh.append(name)
-                continue
-            new_head.weight[label] = old_head.weight[old_label]
-            new_head.bias[label] = old_head.bias[old_label]
-            transferred.append(name)
         new_head.weight[-1] = old_head.weight[-1]
         new_head.bias[-1] = old_head.bias[-1]
     model.class_predictor = new_head
     model.config.id2label = names
     model.config.label2id = {name: label for label, name in names.items()}
-    return model, ClassTransferReport(str(path), tuple(transferred), tuple(fresh))
+    return model, ClassTransferReport(str(path), transferred, fresh)
+
+
+def class_names(id2label: Mapping[int, str]) -> dict[int, str]:
+    """label -> name; labels that are not 0, 1, 2, ... are a ValueError."""
+    names = {int(label): str(name) for label, name in id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"id2label must number the classes 0..{len(names) - 1}, got keys {sorted(names)}")
+    return names
+
+
+@torch.no_grad()
+def transfer_rows(
+    old_head: nn.Linear | nn.Conv2d,
+    new_head: nn.Linear | nn.Conv2d,
+    old_names: Mapping[Any, str],
+    names: Mapping[int, str],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copy the rows of the classes that both have by name -> the names of these, and of the others."""
+    assert old_head.bias is not None and new_head.bias is not None
+    old_labels = {name.strip().lower(): label for label, name in old_names.items()}
+    transferred, fresh = [], []
+    for label, name in names.items():
+        old_label = old_labels.get(name.strip().lower())
+        if old_label is None:
+            fresh.append(name)
+            continue
+        new_head.weight[label] = old_head.weight[old_label]
+        new_head.bias[label] = old_head.bias[old_label]
+        transferred.append(name)
+    return tuple(transferred), tuple(fresh)

@@ -9,10 +9,8 @@ mask grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from .configuration_sim import SIMConfig
 from .masked_attention import SIMTransformerModule
 from .padding import clear_padding
 from .pixel_decoder import SIMPixelLevelModule
-from .strict_loading import require_complete
+from .strict_loading import LoadsCompletely
 
 
 @dataclass
@@ -59,7 +57,7 @@ class SIMForInstanceSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
+class SIMPreTrainedModel(LoadsCompletely, Mask2FormerPreTrainedModel):
     config: SIMConfig
     config_class = SIMConfig
     supports_gradient_checkpointing = True
@@ -67,32 +65,6 @@ class SIMPreTrainedModel(Mask2FormerPreTrainedModel):
     _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "SIMPixelDecoderEncoderLayer"]  # noqa: RUF012
     # The class weights of a stock checkpoint's loss; our weights hold inference only.
     _keys_to_ignore_on_load_unexpected = [r"criterion\..*"]  # noqa: RUF012
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | PathLike | None,
-        *model_args: Any,
-        reinitialize: Sequence[str] = (),
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `from_pretrained`, strictly: missing, left over, misshapen or non-finite tensors are a ValueError that
-        lists their names.
-
-        A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a SIM or a stock Mask2Former checkpoint.
-        ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
-        reinitialize: parts of names; tensors with one of them may be missing or misshapen, too.
-        """
-        if ignore_mismatched_sizes:
-            reinitialize = (*reinitialize, "class_predictor.")
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
-        require_complete(str(pretrained_model_name_or_path), model, info, reinitialize=reinitialize)
-        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> None:
         """Pixels have none. Accelerate asks when it shards a network (FSDP), and transformers raises for networks of images."""

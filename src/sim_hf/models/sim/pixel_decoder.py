@@ -15,16 +15,13 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderOutput,
     Mask2FormerPixelLevelModuleOutput,
 )
-from transformers.models.swin.modeling_swin import SwinBackbone
 
+from .backbone import Backbone
 from .backbone_config import FEATURE_STRIDES
 from .configuration_sim import SIMConfig
 from .deformable_attention import SIMDeformableAttention
-from .frozen_batch_norm import fold_batch_norms
 from .group_norm import SIMGroupNorm
 from .padding import downsample_valid, sine_position_embedding
-
-PLAIN_TRANSFORMERS = ("dinov2", "dinov2_with_registers")
 
 
 class SIMPixelDecoderEncoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncoderLayer):
@@ -113,69 +110,20 @@ def _cell_centres(shapes: list[tuple[int, int]], device: torch.device) -> Tensor
     return torch.cat(centres)[None, :, None]
 
 
-class SIMPixelLevelModule(nn.Module):
+class SIMPixelLevelModule(Backbone):
     """Backbone (`encoder`) and pixel decoder (`decoder`)."""
 
     def __init__(self, config: SIMConfig) -> None:
-        super().__init__()
-        self.freeze_batch_norm = config.freeze_batch_norm
-        self.encoder = AutoBackbone.from_config(config.backbone_config)
-        # What checkpoints of a backbone may lack or have too much; transformers asks the parts of a model, and this is one.
-        self._keys_to_ignore_on_load_missing = self.encoder._keys_to_ignore_on_load_missing
-        self._keys_to_ignore_on_load_unexpected = self.encoder._keys_to_ignore_on_load_unexpected
-        fold_batch_norms(self.encoder)
-        if len(self.encoder.channels) != len(FEATURE_STRIDES):
-            raise ValueError(
-                f"the backbone must give {len(FEATURE_STRIDES)} feature maps, got {len(self.encoder.channels)}; set the"
-                " out_features or out_indices of its configuration"
-            )
-        self.patch_size: int | None = None
-        if self.encoder.config.model_type in PLAIN_TRANSFORMERS:
-            self.patch_size = self.encoder.config.patch_size
+        encoder = AutoBackbone.from_config(config.backbone_config)
+        super().__init__(encoder, strides=FEATURE_STRIDES, freeze_batch_norm=config.freeze_batch_norm)
         self.decoder = SIMPixelDecoder(config, feature_channels=self.encoder.channels)
-        self._freeze_unused_parameters()
-
-    def train(self, mode: bool = True) -> SIMPixelLevelModule:
-        super().train(mode)
-        self._freeze_unused_parameters()
-        if mode and self.freeze_batch_norm:
-            for module in self.encoder.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
-
-    def _freeze_unused_parameters(self) -> None:
-        """Parameters no feature map depends on get no gradient, which distributed training takes for an error.
-
-        Called whenever the mode is set, because from_pretrained replaces the parameters and then calls eval().
-        """
-        if isinstance(self.encoder, SwinBackbone):
-            self.encoder.swin.layernorm.requires_grad_(False)
-        if self.patch_size is not None:
-            self.encoder.embeddings.mask_token.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, valid_BHW: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
-        if self.patch_size is None:
-            features = self.encoder(pixel_values).feature_maps
-        else:
-            features = self._plain_features(pixel_values, self.patch_size)
-        decoded = self.decoder(list(features), valid_BHW)
+        features = self.feature_maps(pixel_values)
+        decoded = self.decoder(features, valid_BHW)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=features[-1],
             encoder_hidden_states=tuple(features),  # pyright: ignore[reportArgumentType]
             decoder_last_hidden_state=decoded.mask_features,
             decoder_hidden_states=decoded.multi_scale_features,
         )
-
-    def _plain_features(self, pixel_values: Tensor, patch_size: int) -> list[Tensor]:
-        """The maps of a plain vision transformer, resized to strides 4 to 32.
-
-        The input is resized to whole patches first: cutting the last columns off instead would shift every mask.
-        """
-        height, width = pixel_values.shape[-2:]
-        whole = [max(round(length / patch_size), 1) * patch_size for length in (height, width)]
-        resized = nn.functional.interpolate(pixel_values, size=whole, mode="bilinear", align_corners=False)
-        return [
-            nn.functional.interpolate(x, size=(-(-height // stride), -(-width // stride)), mode="bilinear", align_corners=False)
-            for x, stride in zip(self.encoder(resized).feature_maps, FEATURE_STRIDES, strict=True)
-        ]

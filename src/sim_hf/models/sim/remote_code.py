@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .image_processing_sim import SIMImageProcessor
@@ -34,10 +35,24 @@ def save_with_code(
     """`save_pretrained` of both, with their code. pipelines: task -> class whose module also goes along; it may import libraries
     only. With the package imported the folder loads like any other, by the package's own code.
     """
+    save_parts(folder, model, image_processor, auto_map=_AUTO_MAP, pipelines=pipelines)
+    for part in (model, model.config, image_processor):
+        custom_object_save(part, Path(folder))
+
+
+def save_parts(
+    folder: str | Path,
+    model: PreTrainedModel,
+    image_processor: SIMImageProcessor,
+    *,
+    auto_map: dict[str, str],
+    pipelines: dict[str, type] | None = None,
+) -> None:
+    """`save_pretrained` of both, with `auto_map` and the pipelines in config.json, and the code of the pipelines."""
     folder = Path(folder)
     config: Any = model.config
     before = {name: getattr(config, name, None) for name in ("auto_map", "custom_pipelines")}
-    config.auto_map = dict(_AUTO_MAP)
+    config.auto_map = dict(auto_map)
     config.custom_pipelines = {task: _pipeline_entry(cls) for task, cls in (pipelines or {}).items()}
     try:
         model.save_pretrained(folder)
@@ -46,8 +61,8 @@ def save_with_code(
             delattr(config, name) if value is None else setattr(config, name, value)
     image_processor.save_pretrained(folder)
     _leave_class_to_config(folder / "preprocessor_config.json")
-    for part in (model, config, image_processor, *(pipelines or {}).values()):
-        custom_object_save(part, folder)
+    for pipeline in (pipelines or {}).values():
+        custom_object_save(pipeline, folder)
 
 
 def _pipeline_entry(cls: type) -> dict[str, Any]:

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from torch import nn
 
 _SHOWN = 8
+_CLASS_HEAD = "class_predictor."
+
+
+class LoadsCompletely:
+    """In front of a PreTrainedModel: its `from_pretrained` takes complete checkpoints only."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *model_args: Any,
+        reinitialize: Sequence[str] = (),
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `from_pretrained`, strictly: missing, left over, misshapen or non-finite tensors are a ValueError that
+        lists their names.
+
+        A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a checkpoint; SIM also takes stock Mask2Former ones.
+        ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
+        reinitialize: parts of names; tensors with one of them may be missing or misshapen, too. Pickled weights are not read
+        unless `use_safetensors` says so.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        if ignore_mismatched_sizes:
+            reinitialize = (*reinitialize, _CLASS_HEAD)
+        loaded: Any = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  # of the model behind it
+            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        require_complete(str(pretrained_model_name_or_path), model, info, reinitialize=reinitialize)
+        return (model, info) if output_loading_info else model
 
 
 def require_complete(source: str, model: nn.Module, info: Mapping[str, Any], *, reinitialize: Iterable[str] = ()) -> None:
