@@ -117,9 +117,26 @@ def build_model(
     if model.backbone_weights:
         report.append(str(load_backbone_weights(network, model.backbone_weights)))
     network.config.category_ids = list(category_ids)
-    if image_size is not None:
-        processor.size = SizeDict(longest_edge=image_size, shortest_edge=processor.size.shortest_edge)
+    report.extend(_set_image_size(processor, image_size))
     return network, processor, report
+
+
+def _set_image_size(processor: SIMImageProcessor, image_size: int | None) -> list[str]:
+    """Give the processor a longest side, by which training scales -> what has to be said about it.
+
+    Stock Mask2Former checkpoints squash images to a square (384 x 384 on the Hub); training and prediction keep the aspect ratio.
+    """
+    size = processor.size
+    if image_size is not None:
+        processor.size = SizeDict(longest_edge=image_size, shortest_edge=size.shortest_edge)
+    elif size.height and size.width:
+        side = max(size.height, size.width)
+        processor.size = SizeDict(longest_edge=side)
+        squashed = f"the checkpoint squashes images to {size.height} x {size.width}"
+        return [f"{squashed}; here they keep their aspect ratio, with {side} pixels at most (--image_size for another size)"]
+    elif not size.longest_edge:
+        raise ValueError(f"the checkpoint says no longest side of the images ({dict(size)}): give --image_size")
+    return []
 
 
 def build_step(
