@@ -173,7 +173,9 @@ class RunArguments:
     batch_size: int = field(default=8, metadata={"help": "Images per step and process (split over the accumulation)."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per step; must divide --batch_size."})
     learning_rate: float = field(default=5e-4, metadata={"help": "AdamW."})
-    backbone_lr_multiplier: float = field(default=0.2, metadata={"help": "Learning rate of the backbone, relative."})
+    backbone_lr_multiplier: float = field(
+        default=0.2, metadata={"help": "Learning rate of the backbone, relative; 0 freezes it."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Not applied to norms, biases and embeddings."})
     lr_warmup: float = field(default=0.02, metadata={"help": "Linear warm-up of the learning rate (steps or fraction)."})
     lr_schedule: str = field(default="cosine", metadata={"help": "cosine, poly or constant, after the warm-up."})
