@@ -151,13 +151,13 @@ class SupervisionArguments:
             "help": "sim: when the teacher labels the training images once, small objects enlarged, to go on with these masks "
             "and a new cycle of the learning rate (steps or fraction, such as 0.5; 1 = never, as in the paper)."
         },
+    )
     label_model: str | None = field(
         default=None,
         metadata={
             "help": "A promptable segmenter (SAM, SAM 2; folder or Hub id) that labels in the teacher's place; goes with "
             "--second_phase, 0 for masks from the first step on."
         },
-    )
     )
     teacher_momentum: float | None = field(
         default=None, metadata={"help": "EMA of the teacher (default: scaled with the length of the run; 0.9999 at 90k steps)."}
@@ -287,11 +287,11 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         if not 0 <= getattr(data, name) <= 1:
             raise ValueError(f"--{name} must be a probability in 0..1, got {getattr(data, name)}")
     if supervision.supervision not in MASK_CRITERIA:
+        raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
     if supervision.label_model and (supervision.supervision != "sim" or supervision.second_phase == 1):
         raise ValueError(
             "--label_model labels for the second phase: give --supervision sim and --second_phase (0: from the start)"
         )
-        raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
     if supervision.matching not in MATCHING_COSTS:
         raise ValueError(f"--matching must be one of {', '.join(MATCHING_COSTS)}, got {supervision.matching!r}")
     if run.gradient_accumulation_steps < 1 or run.batch_size % run.gradient_accumulation_steps:
