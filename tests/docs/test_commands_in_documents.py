@@ -12,6 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from documents import DOCUMENTS, README, ROOT, blocks, code_spans, commands, sim_hf_arguments, split_variables, tables
 
 from sim_hf.cli import COMMANDS
+from sim_hf.models.architectures import PRESETS
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, parse_arguments
 
 OTHER_PROGRAMS = ("pip ", "tensorboard ")
@@ -92,6 +93,11 @@ def test_defaults_in_tables_are_the_defaults():
             checked[path.name, name] = (cell, DEFAULTS.get(name, f"no option {name!r}"))
     assert len(checked) > 30
     assert {key: pair for key, pair in checked.items() if not says(*pair)} == {}
+
+
+def test_every_preset_is_in_the_table():
+    rows = [row for table in tables(ROOT / "docs" / "training.md", "| preset | backbone |") for row in table]
+    assert sorted(name for row in rows for name in re.findall(r"`([\w-]+)`", row[0])) == sorted(PRESETS)
 
 
 def options_of_row(row):

@@ -1,10 +1,15 @@
 """Links between the documents lead somewhere, on the disk and on the site."""
 
+import importlib
+import re
 import tomllib
 
 import pytest
 from documents import DOCS, DOCUMENTS, README, ROOT, anchors, links
 
+import sim_hf
+
+API = sorted({name for path in DOCS for name in re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.M)})
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "assets" / "sim-tiny" / "README.md"]
 
 
@@ -29,6 +34,16 @@ def test_the_navigation_leads_to_pages():
     named = set(pages_of(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
     assert named and not {name for name in named if not (ROOT / "docs" / name).exists()}
     assert {path.relative_to(ROOT / "docs").as_posix() for path in DOCS} - named == set(), "add the page to zensical.toml"
+
+
+@pytest.mark.parametrize("name", API)
+def test_the_reference_names_what_exists(name):
+    module, _, last = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), last) or importlib.import_module(name)
+
+
+def test_the_reference_has_the_public_names():
+    assert set(sim_hf.__all__) - {"__version__"} <= {name.rpartition(".")[2] for name in API}
 
 
 def test_the_readme_is_short_and_its_picture_small():
