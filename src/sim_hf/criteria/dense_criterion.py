@@ -119,7 +119,7 @@ class DenseCriterion(nn.Module):
         where = (assigned.image_ids_N, assigned.locations_N)
         classes_BMK = torch.zeros_like(output.class_logits, dtype=torch.float32)
         classes_BMK[(*where, targets.class_labels_G[assigned.instance_ids_N])] = 1.0
-        valid_BM = output.valid_locations  # what stands in the padding is no background either
+        valid_BM = output.valid_locations.bool()  # what stands in the padding is no background either
         focal = sigmoid_focal_loss(output.class_logits[valid_BM].float(), classes_BMK[valid_BM], reduction="sum")
         centerness_N = assigned.centerness()
         boxes_N4 = _boxes(assigned, output.box_distances[where])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
+_NEVER = -30.0  # a logit of 1e-13, and finite
 _SMALLEST = 1e-6  # probability that is left for "no object", and the least of a class that answers
 
 
@@ -84,7 +85,7 @@ def class_logits_of(labels_N: Tensor, scores_N: Tensor, num_classes: int) -> Ten
     """Logits over the classes and "no object" whose softmax is the score for the label and the rest for no object, so that
     everything that reads a query model reads detections. -> (N, K + 1)"""
     scores_N = scores_N.float().clamp(_SMALLEST, 1 - _SMALLEST)
-    logits_NK = scores_N.new_full((len(scores_N), num_classes + 1), -torch.inf)
+    logits_NK = scores_N.new_full((len(scores_N), num_classes + 1), _NEVER)
     logits_NK[:, -1] = torch.log1p(-scores_N)
     return logits_NK.scatter(1, labels_N[:, None], scores_N.log()[:, None])
 

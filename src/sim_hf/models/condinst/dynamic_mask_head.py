@@ -24,15 +24,21 @@ def num_parameters(mask_channels: int, hidden_channels: int) -> int:
     return (mask_channels + 2) * hidden_channels + hidden_channels**2 + hidden_channels + 2 * hidden_channels + 1
 
 
+def hidden_channels(num_controls: int, mask_channels: int) -> int:
+    """The inverse of `num_parameters`."""
+    channels = next(d for d in count(1) if num_parameters(mask_channels, d) >= num_controls)
+    if num_parameters(mask_channels, channels) != num_controls:
+        raise ValueError(f"no mask head on {mask_channels} channels has {num_controls} numbers")
+    return channels
+
+
 def split_parameters(controllers_NP: Tensor, mask_channels: int) -> tuple[list[Tensor], list[Tensor]]:
     """Weights (N, D, C + 2), (N, D, D), (N, 1, D) and biases (N, D), (N, D), (N, 1), in the order of public checkpoints: all
     weights, then all biases; of the first layer's inputs the two coordinates (x, y) come first."""
-    hidden_channels = next(d for d in count(1) if num_parameters(mask_channels, d) >= controllers_NP.shape[-1])
-    channels = [mask_channels + 2, hidden_channels, hidden_channels, 1]
+    hidden = hidden_channels(controllers_NP.shape[-1], mask_channels)
+    channels = [mask_channels + 2, hidden, hidden, 1]
     shapes = list(zip(channels[1:], channels[:-1], strict=True))
     sizes = [rows * columns for rows, columns in shapes] + channels[1:]
-    if controllers_NP.shape[-1] != sum(sizes):
-        raise ValueError(f"no mask head on {mask_channels} channels has {controllers_NP.shape[-1]} numbers")
     parts = controllers_NP.split(sizes, dim=-1)
     weights = [part.unflatten(-1, shape) for part, shape in zip(parts[:3], shapes, strict=True)]
     return weights, list(parts[3:])
@@ -62,19 +68,19 @@ def _dynamic_masks(
     _, channels, height, width = mask_maps_BCHW.shape
     maps_BCM = _with_coordinates(mask_maps_BCHW, stride)
     (first_NDC, *weights), (first_bias_ND, *biases) = split_parameters(controllers_NP, channels)
-    hidden_channels = first_NDC.shape[1]
+    hidden = first_NDC.shape[1]
     coordinates_ND2 = first_NDC[:, :, :2] / scales_N[:, None, None]
     first_NDC = torch.cat([first_NDC[:, :, 2:], -coordinates_ND2], 2)
     first_bias_ND = torch.baddbmm(first_bias_ND[:, :, None], coordinates_ND2, locations_N2[:, :, None])[:, :, 0]
     counts = torch.bincount(image_ids_N, minlength=len(maps_BCM)).tolist()
-    most = max(_CELLS_AT_A_TIME // (hidden_channels * height * width), 1)
+    most = max(_CELLS_AT_A_TIME // (hidden * height * width), 1)
     masks, start = [], 0
     for map_CM, num_rows in zip(maps_BCM, counts, strict=True):
         for begin in range(start, start + num_rows, most):
             rows = slice(begin, min(begin + most, start + num_rows))
             bias_R1 = first_bias_ND[rows].flatten()[:, None]
             hidden_RM = torch.addmm(bias_R1, first_NDC[rows].flatten(0, 1), map_CM).relu_()
-            hidden_NDM = hidden_RM.unflatten(0, (-1, hidden_channels))
+            hidden_NDM = hidden_RM.unflatten(0, (-1, hidden))
             hidden_NDM = torch.baddbmm(biases[0][rows, :, None], weights[0][rows], hidden_NDM).relu_()
             masks.append(torch.baddbmm(biases[1][rows, :, None], weights[1][rows], hidden_NDM))
         start += num_rows

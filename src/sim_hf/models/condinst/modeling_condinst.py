@@ -52,7 +52,7 @@ class CondInstForInstanceSegmentationOutput(ModelOutput):
 
     class_logits (B, M, K), box_distances (B, M, 4; left, top, right, bottom in input pixels), centerness_logits (B, M) and
     controllers (B, M, numbers of a mask head): the dense predictions. locations: (M, 2) their x and y; location_scales: (M,) what
-    an instance's coordinates are divided by; valid_locations: (B, M), those that are image. mask_features: (B, C, h/2, w/2);
+    an instance's coordinates are divided by; valid_locations: (B, M) int64, 1 where it is image. mask_features: (B, C, h/2, w/2);
     mask_maps: what the mask heads read, on the same grid. hidden_states: P3 to P7, when asked for. loss stays None.
     """
 
@@ -235,7 +235,7 @@ class CondInstForInstanceSegmentation(CondInstPreTrainedModel):
             controllers=dense.controllers_BMP,
             locations=locations_M2,
             location_scales=locations_M2.new_tensor(config.sizes_of_interest)[level_M],
-            valid_locations=_valid_locations(valid_BHW, levels, pixel_values),
+            valid_locations=_valid_locations(valid_BHW, levels, pixel_values).long(),
             mask_features=mask_features,
             mask_maps=mask_maps,
             hidden_states=levels if output_hidden_states else None,
@@ -259,7 +259,7 @@ class CondInstForInstanceSegmentation(CondInstPreTrainedModel):
             dense.class_logits.detach(),
             dense.centerness_logits.detach(),
             boxes_BM4.detach(),
-            dense.valid_locations,
+            dense.valid_locations.bool(),
             score_threshold=config.score_threshold,
             top_k=config.top_k,
             nms_threshold=config.nms_threshold,
@@ -277,7 +277,7 @@ class CondInstForInstanceSegmentation(CondInstPreTrainedModel):
         output.boxes_queries = boxes_BM4.new_zeros(batch_size, num_queries, 4).index_put(places, found.boxes_N4)
         if prompt_boxes is not None:
             scores_BMK = detection_scores(dense.class_logits, dense.centerness_logits)
-            locations_BP = answering_locations(prompt_boxes, dense.locations, scores_BMK, boxes_BM4, dense.valid_locations)
+            locations_BP = answering_locations(prompt_boxes, dense.locations, scores_BMK, boxes_BM4, dense.valid_locations.bool())
             image_ids_N = torch.arange(batch_size, device=locations_BP.device).repeat_interleave(locations_BP.shape[1])
             locations_N = locations_BP.flatten()
             answers_NK = prompt_class_logits(scores_BMK[image_ids_N, locations_N])
