@@ -61,8 +61,9 @@ def inject(faults: Sequence[Fault]) -> list[Outcome]:
 
     recorder = Recorder(faults, TESTS.name, show)
     tests = dict.fromkeys(f"{TESTS.name}/{test}" for fault in faults for test in fault.tests)
-    quiet = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-m", "not gpu", f"--rootdir={ROOT}"]
-    pytest.main([*quiet, *tests], plugins=[recorder])
+    patient = ["-o", "addopts=", "-o", "timeout=3000", "-m", "not gpu", f"--rootdir={ROOT}"]
+    quiet = ["-p", "no:terminal", "-p", "no:cacheprovider"]
+    pytest.main([*patient, *quiet, *tests], plugins=[recorder])
     for message in recorder.messages:
         print(f"\n{message}", file=sys.stderr)
     survived = sum(outcome.result == "survived" for outcome in recorder.outcomes)

@@ -21,7 +21,7 @@ FAULTS = (
         1,
         "kill-matrix",
         "A",
-        "SIGKILL at every file operation of a checkpoint (both trainers) and of an export",
+        "SIGKILL at every file operation of a checkpoint and of an export, at every third of a `SIMTrainer` checkpoint",
         "at least one valid checkpoint at any moment; no run goes on from a partial one",
         does="writes beside, the manifest with every sha256 last, one rename; older checkpoints go only after that",
         says="`removing .tmp-step-…, left by a save that did not finish`",

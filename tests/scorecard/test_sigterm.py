@@ -16,7 +16,7 @@ from sim_hf.training.state_files import load_state
 from sim_hf.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-TIMEOUT = 280  # seconds, on a loaded machine
+TIMEOUT = 1500  # seconds, on a loaded machine
 STOPPED = 128 + signal.SIGTERM
 
 

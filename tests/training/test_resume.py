@@ -19,6 +19,7 @@ from sim_hf.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 STEPS = 8
+TIMEOUT = 1500  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_run_in_three_parts_equals_an_unbroken_one_bit_for_bit(supervision, da
     parts = tmp_path / "parts"
     run(data, model, parts, **options, stop_after=3)
     command = command_line(data, model, parts, **options, stop_after=5, resume="auto")
-    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=280)
+    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=TIMEOUT)
     torch.rand(10)
     last = Trainer(make_arguments(data, model, parts, **options, resume="auto"))
     last.train()
@@ -107,7 +108,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, model, tmp_path):
     command = command_line(data, model, folder, **options, checkpoint_every=1 / STEPS)
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + TIMEOUT
         while not (folder / "checkpoints" / "step-00000002").exists() and process.poll() is None:
             assert time.monotonic() < deadline, "the run does not get anywhere"
             time.sleep(0.01)

@@ -19,7 +19,7 @@ from sim_hf.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "train.py"
-TIMEOUT = 280  # most of it is for the imports of a busy machine; a hang would last 30 minutes
+TIMEOUT = 1500  # of a hang, which the process group would let last 30 minutes; most of it is for a busy machine
 
 
 def launch_two(*command):

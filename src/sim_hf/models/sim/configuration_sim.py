@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Mask2FormerConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -64,7 +65,10 @@ class SIMConfig(Mask2FormerConfig):
         if any(task in PIPELINE_REGISTRY.supported_tasks for task in pipelines):
             kept = {task: entry for task, entry in pipelines.items() if task not in PIPELINE_REGISTRY.supported_tasks}
             config_dict = {**config_dict, "custom_pipelines": kept}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"not a configuration of {cls.model_type!r}: {' '.join(str(error).split())}") from error
 
     @classmethod
     def from_preset(
