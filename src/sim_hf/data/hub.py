@@ -19,7 +19,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from sim_hf.data.box_format import check_box_format, looks_like_xyxy, repair_boxes, xyxy_to_xywh
-from sim_hf.data.category_ids import category_description, has_category_ids
+from sim_hf.data.category_ids import category_description, category_ids, has_category_ids
 from sim_hf.data.coco import coco_features
 from sim_hf.data.images import read_image_size
 
@@ -133,7 +133,8 @@ def _detection_columns(dataset: Dataset | IterableDataset, name: str, class_name
     with_masks = (masks.feature if isinstance(masks, List) else masks) == Value("string")
     label = fields[category].feature if isinstance(fields[category], List) else fields[category]
     if isinstance(label, ClassLabel):
-        return DetectionColumns(bbox, category, list(label.names), with_masks=with_masks)
+        ids = category_ids(dataset) if has_category_ids(dataset) else None
+        return DetectionColumns(bbox, category, list(label.names), category_ids=ids, with_masks=with_masks)
     if class_names is not None:
         names = list(class_names)
         label_of = {value: i for i, value in enumerate(names)} if label == Value("string") else None

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from sim_hf.data.category_ids import category_feature, category_ids
+from sim_hf.data.category_ids import category_description, category_feature, category_ids
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
@@ -39,6 +39,8 @@ def write_dataset_card(repo_id: str, splits: Mapping[str, Dataset], *, license: 
                 "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
             }
         ],
+        # What `datasets` makes the description of the loaded data set: where `category_ids` looks for the ids of the file.
+        dataset_info={"config_name": "default", "description": category_description(category_ids(first))},
     )
     return DatasetCard.from_template(
         data,
