@@ -21,7 +21,7 @@ def test_what_was_found_is_mended(target, data):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_mutations(name):
-    @settings(max_examples=15, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(mutated(SEEDS[name]))
     def target(data):
         TARGETS[name](data)

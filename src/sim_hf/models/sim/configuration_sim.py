@@ -52,6 +52,8 @@ class SIMConfig(Mask2FormerConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> tuple[dict, dict]:
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json holds a {type(fields).__name__} and not an object")
         # A stock Mask2Former checkpoint is one of ours; transformers would warn of the other name.
         if fields.get("model_type") == Mask2FormerConfig.model_type:
             fields["model_type"] = cls.model_type
