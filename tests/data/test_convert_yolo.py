@@ -144,6 +144,25 @@ def test_a_description_that_says_too_little_is_refused(yaml, message, tmp_path):
         YoloSource(write_yolo(tmp_path / "yolo", yaml=yaml))
 
 
+def test_class_names_are_taken_as_they_are_written(tmp_path):
+    """Not as YAML would have them: no is a word, and 007 is no 7."""
+    source = YoloSource(write_yolo(tmp_path / "yolo", yaml="train: images/train\nnames: [no, 007, null]\nnc: 3\n"))
+    assert source.names == ["no", "007", "null"]
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "a: &a [x, x, x]\nb: &b [*a, *a, *a]\ntrain: images/train\nnames: [*b, *b]\n",  # nine levels of it fill the memory
+        "names: " + "[" * 5000,
+        "names: [[a, b], c]\ntrain: images/train\n",
+    ],
+)
+def test_hostile_yaml_is_refused(yaml, tmp_path):
+    with pytest.raises(SourceError, match=r"data\.yaml: (cannot be read as YAML|`names` must list)"):
+        YoloSource(write_yolo(tmp_path / "yolo", yaml=yaml))
+
+
 def test_a_folder_without_a_description_is_refused(tmp_path):
     picture(tmp_path / "images" / "a.png")
     with pytest.raises(SourceError, match=r"no data\.yaml and no classes\.txt or obj\.names"):

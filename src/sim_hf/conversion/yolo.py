@@ -151,9 +151,13 @@ def _description(source: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping with every value as it is written: to YAML 1.1 a class called no would be False."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
+            raise SourceError(f"{path}: cannot be read as YAML here (aliases, which can grow without end)")
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 - makes texts, lists and mappings only
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise SourceError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise SourceError(f"{path}: expected a mapping with train, val and names, got {type(content).__name__}")
@@ -172,13 +176,13 @@ def _class_names(path: Path, content: Mapping[str, Any]) -> list[str]:
         if sorted(by_number) != list(range(len(names))):
             raise SourceError(f"{path}: `names` must number the classes 0..{len(names) - 1}, got {sorted(by_number)!r:.80}")
         names = [by_number[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SourceError(f"{path}: `names` must list the class names, got {names!r:.80}")
-    texts = [str(name).strip() for name in names]
+    texts = [name.strip() for name in names]
     repeated = [name for name, count in Counter(texts).items() if count > 1 or not name]
     if repeated:
         raise SourceError(f"{path}: `names` must differ and not be empty, got {repeated[0]!r} in {texts!r:.120}")
-    if isinstance(content.get("nc"), int) and content["nc"] != len(texts):
+    if str(content.get("nc", len(texts))) != str(len(texts)):
         raise SourceError(f"{path}: nc is {content['nc']}, but `names` has {len(texts)} classes")
     return texts
 
@@ -187,9 +191,9 @@ def _keypoint_values(path: Path, content: Mapping[str, Any]) -> int:
     shape = content.get("kpt_shape")
     if shape is None:
         return 0
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, str) and n.isdigit() for n in shape):
         raise SourceError(f"{path}: kpt_shape must be [number of keypoints, 2 or 3], got {shape!r:.80}")
-    return shape[0] * shape[1]
+    return int(shape[0]) * int(shape[1])
 
 
 def _splits(path: Path, content: Mapping[str, Any]) -> dict[str, list[tuple[Path, str]]]:
