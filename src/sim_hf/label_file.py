@@ -101,6 +101,7 @@ def _work_list(document: dict, job: LabelJob) -> list[dict]:
 
 
 def _label_images(job: LabelJob, document: dict, mine: list[dict], partial: Path, identity: str, state: PartialState) -> None:
+    assert state.device is not None  # process_state sets it
     labeller, names = _labeller(job, document, state.device)
     label_of = _labels_by_category(document, names)
     bar = tqdm(mine, desc="label", unit="image", disable=not state.is_local_main_process)
