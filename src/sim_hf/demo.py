@@ -112,6 +112,9 @@ def _start(options: DemoOptions) -> ModelArguments:
 
 def _data(options: DemoOptions) -> DataArguments:
     arguments = DataArguments(scale_min=0.7, scale_max=1.4)
+    if not options.from_scratch:
+        # A trained start learns a small data set by heart; an untrained one needs whole, single pictures first.
+        arguments = replace(arguments, mosaic=0.15, zoom=0.3)
     if options.data is None:
         folder = options.output_dir.parent / "scenes"
         write_scenes(folder)
@@ -131,7 +134,7 @@ def _arguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
         batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
-        learning_rate=5e-4 if start.model is None else 2.5e-4,  # a trained start is refined, not learned anew
+        learning_rate=5e-4 if start.model is None else 1.5e-4,  # a trained start is refined, not learned anew
         seed=options.seed,
         mixed_precision="auto",
         eval_every=0,

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import orjson
 import pytest
-from coco_faults import GARBAGE_SEGMENTATIONS, encode, sound_document
 
+from coco_faults import GARBAGE_SEGMENTATIONS, encode, sound_document
 from sim_hf.data import annotation_file
 from sim_hf.data.annotation_file import (
     AnnotationError,

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from coco_faults import encode, sound_document
 from PIL import Image
 
+from coco_faults import encode, sound_document
 from sim_hf.cli.check import main
 
 

@@ -11,9 +11,9 @@ import time
 import datasets
 import numpy as np
 import pytest
-from coco_faults import encode, sound_document
 from PIL import Image
 
+from coco_faults import encode, sound_document
 from sim_hf.data import coco
 from sim_hf.data.annotation_file import AnnotationError
 from sim_hf.data.category_ids import category_ids

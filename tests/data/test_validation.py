@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from coco_faults import ALL_FAULTS, ESCAPING_NAMES, GARBAGE_SEGMENTATIONS, encode, sound_document
 from PIL import Image
 
+from coco_faults import ALL_FAULTS, ESCAPING_NAMES, GARBAGE_SEGMENTATIONS, encode, sound_document
 from sim_hf.data.annotation_file import AnnotationError
 from sim_hf.data.coco import load_coco
 from sim_hf.data.validation import validate_coco

@@ -354,7 +354,7 @@ def test_trainers_of_transformers_refuse_fsdp(tmp_path, rows, monkeypatch):
         SIMTrainer(model=model, args=hf_arguments(tmp_path), image_processor=tiny_processor(), train_dataset=rows["train"])
     adapter = StockTrainerAdapter(make_step(model, "boxinst"))
     with pytest.raises(ValueError, match="FSDP is not supported here"):
-        adapter.callback.on_train_begin(hf_arguments(tmp_path), None, None, model=model)
+        adapter.callback.on_train_begin(hf_arguments(tmp_path), None, None, model=model, optimizer=None)
 
 
 def stock_trainer(folder, samples, adapter, model, **options):
