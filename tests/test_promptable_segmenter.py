@@ -164,6 +164,15 @@ def test_other_models_take_no_boxes(tmp_path):
         PromptableSegmenter.from_pretrained(str(folder))
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    _save_sam(tmp_path)
+    model = SamModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnavailableError, match="safetensors"):
+        PromptableSegmenter.from_pretrained(str(tmp_path))
+
+
 def test_weights_that_cannot_be_had_are_said_by_name():
     with pytest.raises(UnavailableError, match="somebody/sam-of-the-future"):
         PromptableSegmenter.from_pretrained("somebody/sam-of-the-future")

@@ -45,7 +45,7 @@ class PromptableSegmenter:
         if not is_promptable(name):
             raise ValueError(f"{name} is no promptable segmenter of transformers (SAM, SAM 2, ...): it takes no boxes as prompts")
         try:
-            model = AutoModelForMaskGeneration.from_pretrained(name, dtype=torch.float32)
+            model = AutoModelForMaskGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(name)
         except OSError as error:
             raise UnavailableError(f"the weights of {name} cannot be had here: {error}") from error
