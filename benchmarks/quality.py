@@ -3,6 +3,7 @@
     python benchmarks/quality.py --seeds 0 1 2                    # generated scenes, the tiny preset: two cores, a night
     python benchmarks/quality.py --size r50 --data FOLDER --seeds 0 1 2 --minutes 170     # on a GPU, as far as 170 minutes go
     python benchmarks/quality.py --rows boxinst sim sim-alpha-0 sim-alpha-1               # an ablation
+    python benchmarks/quality.py --jobs 12 --data FOLDER --seeds 0 1 2 --minutes 9        # a GPU with many cores: 12 at a time
     python benchmarks/quality.py --table-only                     # trains nothing: docs/results.md from all finished runs
 
 A row is scripts/configs/quality-ROW.yaml, which may only change the supervision; all other settings are those of
@@ -19,9 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 from quality_run import CONFIGS, OutOfTimeError, finish, make_run
 from quality_table import picture_sheet, read_grid, section, table, write_page
@@ -53,7 +59,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--data", type=Path, help="images/ + instances_{train,val}.json (default: generated scenes)")
     parser.add_argument("--name", help="of the grid (default: size and data)")
     parser.add_argument("--minutes", type=float, help="stop, with a checkpoint, after this time; the same command goes on")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each a process of its own (for a GPU and many cores)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--part-of-grid", action="store_true", help=argparse.SUPPRESS)  # grid.json is the parent's
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="the page that --table-only writes")
     parser.add_argument("--table-only", action="store_true", help="train nothing, write the page from the finished runs")
     return parser.parse_known_args(argv)
@@ -68,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     data = options.data or write_scenes(options.runs.parent / "scenes")
     folder = options.runs / (options.name or f"{options.size}-{data.name}")
-    write_grid(folder, options, data, flags)
-    complete = run_grid(folder, options, data, flags)
+    if not options.part_of_grid:
+        write_grid(folder, options, data, flags)
+    complete = run_grid(folder, options, data, flags) if options.jobs == 1 else run_jobs(folder, options, flags)
     grid = read_grid(folder)
     if grid.records:
         print(f"\n{table(grid)}")
@@ -98,6 +109,30 @@ def run_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Seque
             except UnavailableError as error:
                 print(f"{row}, seed {seed}: skipped, {error}")
     return True
+
+
+def run_jobs(folder: Path, options: argparse.Namespace, flags: Sequence[str]) -> bool:
+    """`run_grid` with several runs at a time: each is this command with one row and one seed, its output in log.txt."""
+    started = time.monotonic()
+    runs = [(row, seed) for seed in options.seeds for row in options.rows]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(runs), desc="runs", unit="run") as bar:
+
+        def run(row: str, seed: int) -> bool:
+            place = folder / row / f"seed-{seed}"
+            command = [sys.executable, __file__, "--rows", row, "--seeds", str(seed), "--size", options.size]
+            command += ["--name", folder.name, "--runs", str(options.runs), "--part-of-grid"]
+            command += [] if options.data is None else ["--data", str(options.data)]
+            if options.minutes is not None:
+                command += ["--minutes", str(options.minutes - (time.monotonic() - started) / 60)]
+            place.mkdir(parents=True, exist_ok=True)
+            with (place / "log.txt").open("a", encoding="utf-8") as log:
+                code = subprocess.run([*command, *flags], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            if code:
+                tqdm.write(f"{row}, seed {seed}: failed with {code}, see {place / 'log.txt'}")
+            bar.update()
+            return (place / "results.json").exists()
+
+        return all(list(pool.map(lambda pair: run(*pair), runs)))
 
 
 def check_same_options(run) -> None:

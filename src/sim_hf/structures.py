@@ -116,6 +116,16 @@ class MaskPredictions:
     mask_features_BCHW: Tensor
     boxes_N4: Tensor | None = None
 
+    def select(self, index: Tensor) -> MaskPredictions:
+        """The predictions at `index` (integers or a boolean mask), same features."""
+        return replace(
+            self,
+            mask_logits_NHW=self.mask_logits_NHW[index],
+            instance_ids_N=self.instance_ids_N[index],
+            scores_N=self.scores_N[index],
+            boxes_N4=None if self.boxes_N4 is None else self.boxes_N4[index],
+        )
+
 
 @dataclass
 class PseudoMasks:

@@ -140,3 +140,21 @@ def test_a_query_that_is_not_a_number_is_matched_last():
     nan = float("nan")
     (matches,) = HungarianMatcher(CostsFromPixels())([layer_with_costs([[nan], [0.9], [0.8]])], instances(1), global_step=0)
     assert matches.queries_N.tolist() == [2]
+
+
+def test_the_nearest_queries_are_the_cheapest_of_each_instance_cheapest_first():
+    layer = layer_with_costs([[0.5, 0.1], [0.2, 0.2], [0.9, 0.3]])
+    matches = HungarianMatcher(CostsFromPixels()).nearest(layer, instances(2), 2, global_step=0)
+    assert sorted(matched_pairs(matches)) == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    first = matches.instance_ids_N.tolist().index(0)
+    assert matches.queries_N[first] == 1
+
+
+def test_the_nearest_of_fewer_queries_are_all_of_them_and_nothing_without_instances():
+    layer = layer_with_costs([[0.5], [0.2]])
+    matches = HungarianMatcher(CostsFromPixels()).nearest(layer, instances(1), 5, global_step=0)
+    assert len(matches.queries_N) == 2
+    nothing = HungarianMatcher(CostsFromPixels()).nearest(
+        layer_with_costs([[0.1], [0.2]]), instances(1).select([]), 5, global_step=0
+    )
+    assert len(nothing.queries_N) == 0

@@ -176,6 +176,14 @@ def test_positives_of_the_teacher_are_its_matched_queries_of_all_layers():
     assert not teacher.mask_logits_NHW.requires_grad and not teacher.scores_N.requires_grad
 
 
+@pytest.mark.parametrize("positives, of_each", [("layers", 3), ("final", 1), ("many", 5)])
+def test_kinds_of_positives_of_the_teacher(positives, of_each):
+    mask_criterion = MaskCriterionThatRemembers()
+    criterion = make_set_criterion(mask_criterion, positives=positives)
+    price(criterion, make_output(num_layers=2), make_targets(), teacher=make_output(num_layers=3, seed=9))
+    assert mask_criterion.teacher.instance_ids_N.bincount().tolist() == [min(of_each, NUM_QUERIES)] * 3
+
+
 def test_without_auxiliary_predictions_the_final_one_is_the_only_layer():
     mask_criterion = MaskCriterionThatRemembers()
     price(make_set_criterion(mask_criterion), make_output(num_layers=1), make_targets())

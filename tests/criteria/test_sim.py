@@ -18,8 +18,10 @@ from synthetic_outputs import (
 
 from sim_hf.criteria.base import known_mask_losses, masks_on_grid
 from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.criteria.level_set import LevelSetCriterion
+from sim_hf.criteria.sim import _sureness
 from sim_hf.losses import masked_bce_loss, masked_dice_loss
-from sim_hf.structures import box_masks
+from sim_hf.structures import MaskPredictions, PseudoMasks, box_masks
 
 KEYS = [
     "loss_cross_entropy",
@@ -92,6 +94,31 @@ def test_pseudo_loss_is_half_of_bce_plus_dice_on_the_trusted_pixels_over_all_lay
             expected += (masked_bce_loss(*maps) + masked_dice_loss(*maps)).item()
     assert expected > 0
     assert result.losses["loss_pseudo_mask"].item() == pytest.approx(0.5 * expected / 3, rel=1e-5)
+
+
+def test_sureness_weighs_the_pseudo_loss_of_an_instance():
+    """BoxTeacher's weight by hand: sqrt(sqrt(0.81) * 0.4) = 0.6; the best positive of an instance counts."""
+    targets, output = make_targets(), make_output()
+    plain, weighed = (
+        price_sim(make_sim(pseudo_quality_weight=weigh), output, targets).losses["loss_pseudo_mask"] for weigh in (False, True)
+    )
+    assert 0 < weighed < plain
+    teacher = MaskPredictions(torch.zeros(2, *GRID), torch.tensor([0, 0]), torch.tensor([0.2, 0.81]), torch.zeros(1, 2, *GRID))
+    pseudo = PseudoMasks(*(torch.zeros(2, *GRID) for _ in range(3)), torch.tensor([0.4, 0.9]))
+    torch.testing.assert_close(_sureness(teacher, pseudo), torch.tensor([0.6, 0.0]))
+
+
+def test_level_set_on_top_adds_its_two_terms_times_the_weight():
+    targets, output = make_targets(), make_output()
+    alone = price(make_set_criterion(LevelSetCriterion()), output, targets).losses
+    plain, both = (
+        price_sim(make_sim(level_set=LevelSetCriterion() if weight else None, level_set_weight=weight), output, targets).losses
+        for weight in (0.0, 0.5)
+    )
+    assert set(both) - set(plain) == {"loss_level_set", "loss_local_consistency"}
+    for name in ("loss_level_set", "loss_local_consistency"):
+        torch.testing.assert_close(both[name], 0.5 * alone[name])
+    assert all(torch.equal(both[name], loss) for name, loss in plain.items())
 
 
 def test_pseudo_masks_are_made_once_and_shared_by_the_layers():

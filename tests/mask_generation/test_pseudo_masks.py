@@ -286,3 +286,14 @@ def test_wrong_arguments_say_what_came():
     teacher.mask_features_BCHW = teacher.mask_features_BCHW[..., :8]
     with pytest.raises(ValueError, match="share a grid"):
         PseudoMaskGenerator(PrototypeBank(1, 3, 4))(teacher, targets)
+
+
+def test_predictions_that_miss_the_given_box_make_no_mask():
+    """IoU of a square's box with the same box moved by half its side is 1/3: below the gate nothing of it is trusted."""
+    teacher, targets = square_scene(num_images=2)
+    targets.boxes_G4[1, [0, 2]] += 16
+    masks = PseudoMaskGenerator(PrototypeBank(1, 2, 4), min_iou=0.5)(teacher, targets)
+    assert masks.target_GHW[0].any() and masks.trusted_GHW[0].any()
+    assert not masks.target_GHW[1].any() and not masks.trusted_GHW[1].any()
+    lenient = PseudoMaskGenerator(PrototypeBank(1, 2, 4), min_iou=0.3)(teacher, targets)
+    assert lenient.target_GHW[1].any()

@@ -134,6 +134,19 @@ def test_copy_paste_changes_the_pixels_of_pasted_images_only():
     assert inputs.pixel_values_BCHW.permute(0, 2, 3, 1)[padding_BHW].abs().max() == 0
 
 
+def test_strong_colours_reach_the_student_and_not_the_teacher():
+    model = tiny_model().train()
+    step = make_step(model)
+    step.strong_augmentation = 1.0
+    batch = make_batch(2)
+    inputs = step.prepare(batch)
+    assert torch.equal(inputs.network_inputs(None)["pixel_values"], batch["pixel_values"])
+    seen = inputs.student_inputs()["pixel_values"]
+    assert (seen != batch["pixel_values"]).flatten(1).any(1).all()
+    assert seen.permute(0, 2, 3, 1)[batch["pixel_mask"] == 0].abs().max() == 0
+    assert step.eval().prepare(batch).student_values_BCHW is None
+
+
 def test_nothing_is_pasted_before_the_start_step_or_in_evaluation():
     model = tiny_model()
     step = prime(make_step(model, paste_probability=1.0))

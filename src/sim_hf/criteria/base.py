@@ -103,7 +103,11 @@ def masks_on_grid(targets: InstanceTargets, chosen_G: Tensor, height: int, width
 
 
 def known_mask_losses(
-    students: Sequence[MaskPredictions], mask_GHW: Tensor, applies_G: Tensor, trusted_GHW: Tensor | None = None
+    students: Sequence[MaskPredictions],
+    mask_GHW: Tensor,
+    applies_G: Tensor,
+    trusted_GHW: Tensor | None = None,
+    weight_G: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """BCE and Dice of every layer against known masks on the grid, zero for instances to which they do not apply."""
     bce, dice = [], []
@@ -117,6 +121,7 @@ def known_mask_losses(
             dice.append(nothing_N)
             continue
         trusted_NHW = None if trusted_GHW is None else trusted_GHW[ids_N]
-        bce.append(masked_bce_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
-        dice.append(masked_dice_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
+        weight_N = 1.0 if weight_G is None else weight_G[ids_N]
+        bce.append(weight_N * masked_bce_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
+        dice.append(weight_N * masked_dice_loss(logits_NHW, mask_GHW[ids_N], trusted_NHW))
     return bce, dice

@@ -70,14 +70,20 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         alpha=supervision.alpha,
         temperature=supervision.temperature,
         mu=supervision.mu,
+        min_iou=supervision.pseudo_min_iou,
         background_prototypes=supervision.background_prototypes,
         pixel_competition=supervision.pixel_competition,
     )
+    sizes: dict[str, Any] = {"num_classes": num_classes, "feature_dim": feature_dim, "steps": steps}
+    has_level_set = supervision.level_set_weight > 0
     start = steps(supervision.pseudo_start)
     return SIMCriterion(
-        build_boxinst(supervision=supervision, num_classes=num_classes, feature_dim=feature_dim, steps=steps),
+        build_boxinst(supervision=supervision, **sizes),
         generator,
+        level_set=build_level_set(supervision=supervision, **sizes) if has_level_set else None,
+        level_set_weight=supervision.level_set_weight,
         pseudo_weight=supervision.pseudo_weight,
+        pseudo_quality_weight=supervision.pseudo_quality_weight,
         paste_weight=supervision.paste_weight,
         pseudo_start_step=start,
         pseudo_ramp_steps=steps(supervision.pseudo_ramp),
@@ -108,6 +114,7 @@ def build_set(mask_criterion: MaskCriterion, *, supervision, model_config) -> Se
         no_object_weight=supervision.no_object_weight,
         class_cost=supervision.class_cost,
         mask_cost=supervision.mask_cost,
+        positives=supervision.positives,
     )
     cost = MATCHING_COSTS[supervision.matching]
     if cost is not None:

@@ -67,6 +67,22 @@ class HungarianMatcher:
                     pairs.append(np.stack([np.full_like(queries, image), queries, rows.numpy()[own[instances]]]))
         return [Matches(*torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)) for pairs in pairs_of_layer]
 
+    @torch.no_grad()
+    def nearest(self, layer: tuple[Tensor, Tensor], targets: InstanceTargets, count: int, *, global_step: int) -> Matches:
+        """The `count` cheapest queries of every instance, cheapest first; a query may be taken by several instances."""
+        classes, masks = layer
+        found = [torch.zeros(3, 0, dtype=torch.int64, device=masks.device)]
+        for image in range(len(masks)):
+            (rows_G,) = (targets.image_ids_G == image).nonzero(as_tuple=True)
+            if len(rows_G) == 0:
+                continue
+            own = (classes[image : image + 1], masks[image : image + 1])
+            cost_QG = self._costs([own], targets.select(rows_G), global_step)[0, 0].nan_to_num(nan=WORST_COST)
+            queries_KG = cost_QG.topk(min(count, len(cost_QG)), dim=0, largest=False).indices
+            rows_KG = rows_G.expand_as(queries_KG)
+            found.append(torch.stack([torch.full_like(queries_KG, image), queries_KG, rows_KG]).flatten(1))
+        return Matches(*torch.cat(found, dim=1))
+
     def _costs(self, layers: Sequence[tuple[Tensor, Tensor]], targets: InstanceTargets, global_step: int) -> Tensor:
         """Costs of some images in every layer with all instances of these images -> (layers, B, Q, G), float32.
 

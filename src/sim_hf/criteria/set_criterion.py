@@ -15,6 +15,11 @@ from sim_hf.criteria.base import MaskCriterion, zero_with_gradient
 from sim_hf.criteria.matcher import HungarianMatcher, Matches
 from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
 
+# Which queries of the teacher are positives: those matched in every decoder layer, those matched in the final one, or for each
+# instance the cheapest queries of the final layer, one-to-many.
+POSITIVES = ("layers", "final", "many")
+NUM_NEAREST = 5
+
 
 @dataclass(frozen=True)
 class StepNormalizers:
@@ -41,8 +46,8 @@ class StepNormalizers:
 class SetCriterion(nn.Module):
     """Class loss (cross-entropy, no-object weighted) + the mask criterion's losses, deeply supervised on all layers.
 
-    The teacher's positives (SIM on a query model) are its matched queries of every decoder layer: several predictions for an
-    instance for free, which is what positive mask weighting needs.
+    The teacher's positives (SIM on a query model) are by default its matched queries of every decoder layer: several
+    predictions for an instance for free, which is what positive mask weighting needs. positives: one of `POSITIVES`, see there.
 
     Where the network was prompted with the boxes of the instances (`masks_prompts_logits`; prompt p of an image is its p-th
     instance), a prompt is one more positive of its instance, without matching: for the teacher, which then has positives that
@@ -58,12 +63,14 @@ class SetCriterion(nn.Module):
         no_object_weight: float = 0.1,
         class_cost: float = 2.0,
         mask_cost: float = 5.0,
+        positives: str = "layers",
     ) -> None:
         super().__init__()
         self.mask_criterion = mask_criterion
         self.num_queries = num_queries
         self.class_weight = class_weight
         self.no_object_weight = no_object_weight
+        self.positives = positives
         self.matcher = HungarianMatcher(mask_criterion, class_cost=class_cost, mask_cost=mask_cost)
 
     def needs_teacher(self, global_step: int) -> bool:
@@ -141,7 +148,13 @@ class SetCriterion(nn.Module):
     @torch.no_grad()
     def _teacher_positives(self, output, targets: InstanceTargets, global_step: int) -> MaskPredictions:
         layers, prompts = _layers(output, "queries"), _layers(output, "prompts")
-        chosen = [*self.matcher(layers, targets, global_step=global_step), *_asked(prompts, targets)]
+        if self.positives != "layers":
+            layers, prompts = layers[-1:], prompts[-1:]
+        if self.positives == "many":
+            matched = [self.matcher.nearest(layers[0], targets, NUM_NEAREST, global_step=global_step)]
+        else:
+            matched = self.matcher(layers, targets, global_step=global_step)
+        chosen = [*matched, *_asked(prompts, targets)]
         return _positives(list(zip([*layers, *prompts], chosen, strict=True)), targets, output.mask_features)
 
 

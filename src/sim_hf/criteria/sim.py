@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from sim_hf.criteria.base import (
@@ -15,8 +16,9 @@ from sim_hf.criteria.base import (
     zero_with_gradient,
 )
 from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.criteria.level_set import LevelSetCriterion
 from sim_hf.mask_generation import PseudoMaskGenerator
-from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
+from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions, PseudoMasks
 
 
 class SIMCriterion(nn.Module):
@@ -26,6 +28,9 @@ class SIMCriterion(nn.Module):
     only the prototypes learn. Pasted instances know their mask, so they take L_paste (Eq. 9) instead of L_pseudo (Eq. 8);
     instances with a real mask take neither.
 
+    Beyond the paper, both off unless asked for: the pseudo mask loss of an instance weighed by the teacher's sureness
+    (`pseudo_quality_weight`, BoxTeacher), and Box2Mask's energies on top (`level_set`, with `level_set_weight`).
+
     Relations: owns a `BoxInstCriterion` (composition) and equals it when lambda_1 = 0 and nothing is pasted.
     """
 
@@ -34,7 +39,10 @@ class SIMCriterion(nn.Module):
         box_criterion: BoxInstCriterion,
         generator: PseudoMaskGenerator,
         *,
+        level_set: LevelSetCriterion | None = None,
+        level_set_weight: float = 0.0,
         pseudo_weight: float = 0.5,
+        pseudo_quality_weight: bool = False,
         paste_weight: float = 1.0,
         pseudo_start_step: int = 10_000,
         pseudo_ramp_steps: int = 0,
@@ -44,7 +52,10 @@ class SIMCriterion(nn.Module):
         self.box_criterion = box_criterion
         self.generator = generator
         self.bank = generator.bank
+        self.level_set = level_set
+        self.level_set_weight = level_set_weight
         self.pseudo_weight = pseudo_weight
+        self.pseudo_quality_weight = pseudo_quality_weight
         self.paste_weight = paste_weight
         self.pseudo_start_step = pseudo_start_step
         self.pseudo_ramp_steps = pseudo_ramp_steps
@@ -80,15 +91,30 @@ class SIMCriterion(nn.Module):
             weight = self.pseudo_weight * self._pseudo_ramp(global_step)
             if weight > 0:
                 applies_G = ~(targets.has_mask_G | targets.is_pasted_G)
-                bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW)
+                sureness_G = _sureness(teacher, pseudo) if self.pseudo_quality_weight else None
+                bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW, sureness_G)
                 output.losses["loss_pseudo_mask"] = weight * sum_over_layers([*bce, *dice], num_instances)
         height, width = students[0].mask_logits_NHW.shape[-2:]
         pasted_GHW = masks_on_grid(targets, targets.is_pasted_G, height, width)
         bce, dice = known_mask_losses(students, pasted_GHW, targets.is_pasted_G)
         output.losses["loss_paste"] = self.paste_weight * sum_over_layers([*bce, *dice], num_instances)
+        if self.level_set is not None:
+            energies = self.level_set(
+                students, None, targets, images_BCHW, pixel_mask_BHW, num_instances=num_instances, global_step=global_step
+            ).losses
+            for name in ("loss_level_set", "loss_local_consistency"):
+                output.losses[name] = self.level_set_weight * energies[name]
         return output
 
     def _pseudo_ramp(self, global_step: int) -> float:
         if global_step < self.pseudo_start_step:
             return 0.0
         return linear_warmup(global_step - self.pseudo_start_step + 1, self.pseudo_ramp_steps)
+
+
+@torch.no_grad()
+def _sureness(teacher: MaskPredictions, pseudo: PseudoMasks) -> Tensor:
+    """sqrt(sqrt(class probability) * mean probability inside the pseudo mask), the best of an instance's positives -> (G,) in
+    0..1 (BoxTeacher, Sec. 3.2)."""
+    score_G = torch.zeros_like(pseudo.scores_G).scatter_reduce_(0, teacher.instance_ids_N, teacher.scores_N, "amax")
+    return (score_G.sqrt() * pseudo.scores_G).sqrt()

@@ -22,7 +22,7 @@ from sim_hf.mask_generation.positive_mask_weighting import (
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.mask_generation.self_correction import correct_cells, masks_outside_of_boxes
 from sim_hf.mask_generation.semantic_map import ClassSimilarity
-from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks
+from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks, box_iou_pairwise
 
 
 class PseudoMaskGenerator:
@@ -34,7 +34,8 @@ class PseudoMaskGenerator:
     learn from pixels inside the box with M_I below `background` that no instance claims, and M_S says how much more a pixel
     looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the
     pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes
-    nothing else. Both maps are made inside the boxes only: outside, the box decides.
+    nothing else. `min_iou`: predictions whose box meets the given one with less take no part in M_I (BoxTeacher's gate; not in
+    the paper). Both maps are made inside the boxes only: outside, the box decides.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PseudoMaskGenerator:
         alpha: float = 0.5,
         temperature: float = 0.1,
         mu: float = 5.0,
+        min_iou: float = 0.0,
         confident: float = 0.7,
         high_range: tuple[float, float] = (0.7, 0.8),
         low: float = 0.4,
@@ -63,6 +65,7 @@ class PseudoMaskGenerator:
         self.alpha = alpha
         self.temperature = temperature
         self.mu = mu
+        self.min_iou = min_iou
         self.confident = confident
         self.high_range = high_range
         self.low = low
@@ -80,7 +83,7 @@ class PseudoMaskGenerator:
         _check_grids((height, width), tuple(teacher.mask_features_BCHW.shape[-2:]))
         stride = targets.input_size[0] / height
         # Positive mask weighting (Eq. 6): the weights.
-        boxes_N4 = predicted_boxes(teacher.mask_logits_NHW, stride) if teacher.boxes_N4 is None else teacher.boxes_N4
+        teacher, boxes_N4 = self._good_enough(teacher, targets, stride)
         weights_N = positive_mask_weights(boxes_N4, targets.boxes_G4, teacher.instance_ids_N, mu=self.mu)
         rows_GR = positives_by_instance(teacher.instance_ids_N, len(targets))
         # Semantic probability map (Eq. 1): what it is read from, once for all chunks.
@@ -132,6 +135,14 @@ class PseudoMaskGenerator:
                 low=self.low,
             )
         return masks
+
+    def _good_enough(self, teacher: MaskPredictions, targets: InstanceTargets, stride: float) -> tuple[MaskPredictions, Tensor]:
+        """The predictions that pass the gate, and their boxes."""
+        boxes_N4 = predicted_boxes(teacher.mask_logits_NHW, stride) if teacher.boxes_N4 is None else teacher.boxes_N4
+        if self.min_iou <= 0:
+            return teacher, boxes_N4
+        good_N = box_iou_pairwise(boxes_N4, targets.boxes_G4[teacher.instance_ids_N]) >= self.min_iou
+        return teacher.select(good_N), boxes_N4[good_N]
 
     def observe(
         self, wanted: tuple[Tensor, Tensor], cells: BoxCells, features_BCHW: Tensor, image_ids_G: Tensor, labels_G: Tensor

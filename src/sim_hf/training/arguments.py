@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from sim_hf.criteria.build import MASK_CRITERIA, MATCHING_COSTS
+from sim_hf.criteria.set_criterion import POSITIVES
 from sim_hf.models.architectures import PRESETS
 
 
@@ -145,6 +146,32 @@ class SupervisionArguments:
         default=0.0, metadata={"help": "Share of the images that receive pasted instances; the authors' code has 0.5."}
     )
     bank_capacity: int = field(default=100, metadata={"help": "Images remembered for copy-paste."})
+    pseudo_min_iou: float = field(
+        default=0.0,
+        metadata={
+            "help": "Masks of the teacher whose box meets the given one with a lower IoU make no pseudo mask (BoxTeacher: 0.5)."
+        },
+    )
+    pseudo_quality_weight: bool = field(
+        default=False,
+        metadata={"help": "The pseudo mask loss of an instance counts by how sure the teacher is of it (BoxTeacher)."},
+    )
+    strong_augmentation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the images that the student, not the teacher, sees in strongly changed colours (BoxTeacher)."
+        },
+    )
+    level_set_weight: float = field(
+        default=0.0,
+        metadata={"help": "sim: weight of Box2Mask's two terms (the level_set_... and consistency_... options) on top."},
+    )
+    positives: str = field(
+        default="layers",
+        metadata={
+            "help": "Teacher's queries that make M_I: matched in all layers (layers), in the final one, or its 5 best (many)."
+        },
+    )
     second_phase: float = field(
         default=1.0,
         metadata={
@@ -288,6 +315,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
             raise ValueError(f"--{name} must be a probability in 0..1, got {getattr(data, name)}")
     if supervision.supervision not in MASK_CRITERIA:
         raise ValueError(f"--supervision must be one of {', '.join(MASK_CRITERIA)}, got {supervision.supervision!r}")
+    if supervision.positives not in POSITIVES:
+        raise ValueError(f"--positives must be one of {', '.join(POSITIVES)}, got {supervision.positives!r}")
     if supervision.label_model and (supervision.supervision != "sim" or supervision.second_phase == 1):
         raise ValueError(
             "--label_model labels for the second phase: give --supervision sim and --second_phase (0: from the start)"

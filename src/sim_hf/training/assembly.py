@@ -162,5 +162,6 @@ def build_step(
         paste_probability=supervision.paste_probability,
         paste_start_step=steps(supervision.pseudo_start),
         box_prompts=network.config.box_prompts,
+        strong_augmentation=supervision.strong_augmentation,
         seed=run.seed,
     )

@@ -26,6 +26,7 @@ from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.structures import CriterionOutput, InstanceTargets
 from sim_hf.training.box_prompts import jittered_boxes, prompt_boxes
+from sim_hf.training.strong_augmentation import strongly_augmented
 from sim_hf.training.teacher import EMATeacher
 
 PROMPT_JITTER = 0.1  # of the box's extent, at each side
@@ -34,7 +35,8 @@ PROMPT_JITTER = 0.1  # of the box's extent, at each side
 @dataclass
 class StepInputs:
     """A prepared batch. images_BCHW: RGB in 0..1; image_keys: the data set's image ids, for messages and seeds.
-    student_prompts_BP4: the jittered boxes that the student is prompted with, None for a network without prompts."""
+    student_prompts_BP4: the jittered boxes that the student is prompted with, None for a network without prompts.
+    student_values_BCHW: the pixel values of the student where it does not see those of the teacher."""
 
     pixel_values_BCHW: Tensor
     pixel_mask_BHW: Tensor
@@ -42,6 +44,7 @@ class StepInputs:
     targets: InstanceTargets
     image_keys: list[int]
     student_prompts_BP4: Tensor | None = None
+    student_values_BCHW: Tensor | None = None
 
     def network_inputs(self, prompts_BP4: Tensor | None) -> dict[str, Any]:
         """What a network is called with, all its predictions wanted."""
@@ -52,6 +55,11 @@ class StepInputs:
             **({} if prompts_BP4 is None else {"prompt_boxes": prompts_BP4}),
         }
 
+    def student_inputs(self) -> dict[str, Any]:
+        """What the student is called with."""
+        inputs = self.network_inputs(self.student_prompts_BP4)
+        return inputs if self.student_values_BCHW is None else {**inputs, "pixel_values": self.student_values_BCHW}
+
 
 class TrainingStep(nn.Module):
     """The method and its state: criterion (with the prototypes), teacher, memory bank and the step number.
@@ -60,7 +68,8 @@ class TrainingStep(nn.Module):
     paste_probability: share of the images of a batch that receive instances; paste_start_step: optimiser steps before the
     first paste. second_phase (set by the driver that starts it, see `training.second_phase`): the images bring masks of the
     teacher, so it is only averaged, not asked, and nothing is pasted. box_prompts: the networks are also asked for the masks of
-    the annotated boxes. state_dict() of this module is the training state that lives beside the weights.
+    the annotated boxes. strong_augmentation: share of the images that the student sees in strongly changed colours.
+    state_dict() of this module is the training state that lives beside the weights.
     """
 
     teacher: EMATeacher | None
@@ -76,6 +85,7 @@ class TrainingStep(nn.Module):
         paste_probability: float = 0.5,
         paste_start_step: int = 0,
         box_prompts: bool = False,
+        strong_augmentation: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -85,6 +95,7 @@ class TrainingStep(nn.Module):
         self.paste_probability = paste_probability
         self.paste_start_step = paste_start_step
         self.box_prompts = box_prompts
+        self.strong_augmentation = strong_augmentation
         self.seed = seed
         self.global_step = 0
         self.second_phase = False
@@ -120,7 +131,31 @@ class TrainingStep(nn.Module):
             amount = PROMPT_JITTER if self.training else 0.0
             jittered = jittered_boxes(targets, amount=amount, seed=self.seed, step=self.global_step, image_keys=image_keys)
             prompts = prompt_boxes(jittered, targets)
-        return StepInputs(pixel_values, pixel_mask, images, targets, image_keys, prompts)
+        return StepInputs(
+            pixel_values,
+            pixel_mask,
+            images,
+            targets,
+            image_keys,
+            prompts,
+            self._student_values(pixel_values, pixel_mask, images, image_keys),
+        )
+
+    def _student_values(
+        self, pixel_values: Tensor, pixel_mask: Tensor, images: Tensor, image_keys: Sequence[int]
+    ) -> Tensor | None:
+        """Pixel values of which some images have strong colours; None where there is no such thing."""
+        if not (self.training and self.strong_augmentation > 0):
+            return None
+        strong, changed_B1HW = strongly_augmented(
+            images,
+            pixel_mask,
+            probability=self.strong_augmentation,
+            seed=self.seed,
+            step=self.global_step,
+            image_keys=image_keys,
+        )
+        return torch.where(changed_B1HW, normalize(strong * 255, self.image_mean, self.image_std), pixel_values)
 
     def normalizers(self, inputs: Sequence[StepInputs]) -> Any:
         """The criterion's counts of all micro-batches of this optimiser step on all ranks (one collective, on every rank, every
@@ -133,7 +168,7 @@ class TrainingStep(nn.Module):
 
     def forward(self, student: nn.Module, inputs: StepInputs, normalizers: Any) -> CriterionOutput:
         """One micro-batch through the student and the criterion. `student` may be wrapped (DDP, compiled)."""
-        outputs = student(**inputs.network_inputs(inputs.student_prompts_BP4))
+        outputs = student(**inputs.student_inputs())
         return self.loss(outputs, inputs, normalizers)
 
     def loss(self, student_outputs, inputs: StepInputs, normalizers: Any) -> CriterionOutput:

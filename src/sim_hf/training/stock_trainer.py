@@ -91,7 +91,7 @@ class StockTrainerAdapter:
         self.step.train(module.training)
         self._inputs = self.step.prepare({**batch, "labels": kwargs[TARGETS]})
         rest = {name: value for name, value in kwargs.items() if name not in (*batch, TARGETS)}
-        return args, {**rest, **self._inputs.network_inputs(self._inputs.student_prompts_BP4)}
+        return args, {**rest, **self._inputs.student_inputs()}
 
     def compute_loss(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """For `compute_loss_func`. The Trainer leaves the division by the accumulation steps to such a function."""
