@@ -164,7 +164,8 @@ def test_the_folder_with_code_holds_the_code_and_nothing_else(folders):
     assert names - {path.name for path in (root / "plain").iterdir()} == {
         *("configuration_sim.py", "modeling_sim.py", "image_processing_sim.py", "pipeline.py", "backbone.py"),
         "backbone_config.py",
-        *("box_prompts.py", "deformable_attention.py", "depthwise_convolution.py", "frozen_batch_norm.py", "group_norm.py"),
+        *("box_prompts.py", "deformable_attention.py", "deformable_attention_triton.py", "depthwise_convolution.py"),
+        *("frozen_batch_norm.py", "group_norm.py"),
         *("instance_postprocessing.py", "masked_attention.py", "padding.py", "pixel_decoder.py", "strict_loading.py"),
         "two_step_resizing.py",
     }

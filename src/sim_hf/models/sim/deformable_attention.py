@@ -4,6 +4,8 @@ A bilinear sample is a weighted sum of four cells, so what one head reads for on
 the values: `embedding_bag` makes it without ever storing the samples. Every level stands in the table with a border of
 zeros, so nobody asks whether a point lies outside, and its upper left cell alone says where all four are.
 
+On CUDA a Triton kernel does the same where it can (`deformable_attention_triton.py`); `CUDA_FORMS` is the place to choose.
+
 Shape letters: B images, M cells of all levels, N query positions, A heads, D channels per head, L levels, P points,
 K = L P points of a head, S = B N A sums, T rows of the table, 4 corners: upper left, upper right, lower left, lower right.
 """
@@ -11,6 +13,8 @@ K = L P points of a head, S = B N A sums, T rows of the table, 4 corners: upper 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +24,11 @@ from transformers.models.mask2former import modeling_mask2former
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
+
+from .deformable_attention_triton import DTYPES, is_installed, triton_attention
+
+# What computes on CUDA: the first of these that can. benchmarks/deformable_attention.py times them all.
+CUDA_FORMS = ("triton", "bags")
 
 _BORDER = 2  # cells on every side of a level: a point far outside is moved to where all its four cells are zero
 
@@ -35,15 +44,80 @@ def multi_scale_deformable_attention(
     The same values as transformers' function of this name, in float32: half-precision coordinates are off by a good part
     of a cell. Cells outside a level count as zero.
     """
-    if torch.compiler.is_exporting():  # bilinear samples are an operation of every runtime, bags of rows are not
-        sampled_BND = modeling_mask2former.multi_scale_deformable_attention(
-            value_BMAD.float(), spatial_shapes, locations_BNALP2.float(), weights_BNALP.float()
-        )
-        return sampled_BND.to(value_BMAD.dtype)
-    sums_BNAD = _DeformableAttention.apply(
-        value_BMAD, locations_BNALP2.float().flatten(3, 4), weights_BNALP.float().flatten(3), spatial_shapes
+    attend = FORMS[_form_for(value_BMAD, locations_BNALP2.shape[-2])]
+    return attend(value_BMAD, spatial_shapes, locations_BNALP2, weights_BNALP).flatten(2)
+
+
+def _by_grid_samples(
+    value_BMAD: Tensor, spatial_shapes: list[tuple[int, int]], locations_BNALP2: Tensor, weights_BNALP: Tensor
+) -> Tensor:
+    """transformers' own function, in float32."""
+    sampled_BND = modeling_mask2former.multi_scale_deformable_attention(
+        value_BMAD.float(), spatial_shapes, locations_BNALP2.float(), weights_BNALP.float()
     )
-    return sums_BNAD.flatten(2).to(value_BMAD.dtype)
+    return sampled_BND.to(value_BMAD.dtype).unflatten(2, (value_BMAD.shape[2], -1))
+
+
+def _by_bags(
+    value_BMAD: Tensor, spatial_shapes: list[tuple[int, int]], locations_BNALP2: Tensor, weights_BNALP: Tensor
+) -> Tensor:
+    locations_BNAK2, weights_BNAK = locations_BNALP2.float().flatten(3, 4), weights_BNALP.float().flatten(3)
+    return _DeformableAttention.apply(value_BMAD, locations_BNAK2, weights_BNAK, spatial_shapes).to(value_BMAD.dtype)
+
+
+# name -> function of the arguments of `multi_scale_deformable_attention`, which gives (B, N, A, D)
+FORMS: dict[str, Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]] = {
+    "grid_sample": _by_grid_samples,
+    "bags": _by_bags,
+    "triton": triton_attention,
+}
+
+
+def _form_for(value_BMAD: Tensor, num_points: int) -> str:
+    if torch.compiler.is_exporting():  # bilinear samples are an operation of every runtime, bags of rows are not
+        return "grid_sample"
+    if value_BMAD.device.type != "cuda":
+        return "bags"
+    return next(
+        form
+        for form in (*CUDA_FORMS, "bags")
+        if form != "triton" or _triton_works(value_BMAD.device, value_BMAD.dtype, value_BMAD.shape[3], num_points)
+    )
+
+
+def _triton_works(device: torch.device, dtype: torch.dtype, channels: int, num_points: int) -> bool:
+    """Its atomics add in any order, which whoever asks torch for repeatable results does not want."""
+    if torch.are_deterministic_algorithms_enabled() or dtype not in DTYPES or not is_installed():
+        return False
+    return _triton_was_tried(device, dtype, channels, num_points)
+
+
+@lru_cache(maxsize=64)
+def _triton_was_tried(device: torch.device, dtype: torch.dtype, channels: int, num_points: int) -> bool:
+    """Whether the kernels compile here and give what the bags give, on a small case; warns where not. Draws no random number."""
+    shapes = [(3, 5), (6, 4)]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            # Waves of lengths that have nothing in common, some points outside.
+            value = torch.arange(39 * 2 * channels, device=device).float().mul_(0.7).sin_().view(1, 39, 2, channels).to(dtype)
+            locations = torch.arange(40 * 2 * 2 * num_points * 2, device=device).float().mul_(1.3).sin_().mul_(0.6).add_(0.5)
+            weights = torch.arange(40 * 2 * 2 * num_points, device=device).float().mul_(1.7).cos_()
+            leaves = [value, locations.view(1, 40, 2, 2, num_points, 2), weights.view(1, 40, 2, 2, num_points)]
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            results = []
+            for form in ("triton", "bags"):
+                sums = FORMS[form](leaves[0], shapes, leaves[1], leaves[2])
+                results.append([sums.detach(), *torch.autograd.grad(sums.float().square().sum(), leaves)])
+            errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results, strict=True)]
+        if all(error < 0.02 for error in errors):  # half precision rounds by up to 0.004
+            return True
+        reason = f"its results differ from the plain ones by {', '.join(f'{error:.1%}' for error in errors)}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler and a driver may raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    warnings.warn(f"deformable attention goes on without its Triton kernel on {device} in {dtype}: {reason}")
+    return False
 
 
 class _DeformableAttention(torch.autograd.Function):
@@ -112,7 +186,20 @@ def _bordered_table(value_BMAD: Tensor, shapes: list[tuple[int, int]]) -> Tensor
 def _sizes(shapes: list[tuple[int, int]], points_K2: Tensor) -> Tensor:
     """Width and height of the level of each point -> (K, 2) float32. Whole rows of K: broadcasting over P is slower."""
     num_points = points_K2.shape[-2] // len(shapes)
-    return torch.tensor([(w, h) for h, w in shapes for _ in range(num_points)], device=points_K2.device, dtype=torch.float32)
+    return _numbers(tuple((w, h) for h, w in shapes for _ in range(num_points)), torch.float32, points_K2.device)
+
+
+def _numbers(rows: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers as a tensor that nobody may change: on a GPU it is kept, since to bring numbers there makes the host wait."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _kept_numbers(rows, dtype, device)
+    return torch.tensor(rows, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=256)
+def _kept_numbers(rows: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or no later training could use it
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _upper_left_cells(locations_BNAK2: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +221,8 @@ def _upper_left_cells(locations_BNAK2: Tensor, shapes: list[tuple[int, int]]) ->
     for height, width in outer:
         starts.append(num_cells + _BORDER * width + _BORDER)
         num_cells += height * width
-    per_level = torch.tensor([(start, width) for start, (_, width) in zip(starts, outer, strict=True)], device=device)
-    starts_K, widths_K = per_level.to(torch.int32).repeat_interleave(num_points // len(shapes), 0).mul(num_heads).unbind(-1)
+    per_level = _numbers(tuple((start, width) for start, (_, width) in zip(starts, outer, strict=True)), torch.int32, device)
+    starts_K, widths_K = per_level.repeat_interleave(num_points // len(shapes), 0).mul(num_heads).unbind(-1)
     images_B = torch.arange(batch_size, device=device, dtype=torch.int32) * (num_cells * num_heads)
     heads_A = torch.arange(num_heads, device=device, dtype=torch.int32)
     origin_B1AK = images_B[:, None, None, None] + heads_A[:, None] + starts_K
