@@ -25,7 +25,7 @@ def box_bitmasks(boxes_G4: Tensor, input_size: tuple[int, int], stride: int) -> 
     height, width = input_size
     bitmasks = []
     for x1, y1, x2, y2 in boxes_G4.tolist():
-        full_HW = torch.zeros(height, width)
+        full_HW = torch.zeros(height, width, device=boxes_G4.device)
         full_HW[math.ceil(y1) : math.ceil(y2), math.ceil(x1) : math.ceil(x2)] = 1
         bitmask_HW = full_HW[stride // 2 :: stride, stride // 2 :: stride]
         if not bitmask_HW.any():  # smaller than a cell: the one that holds its middle
@@ -40,8 +40,8 @@ def box_bitmasks(boxes_G4: Tensor, input_size: tuple[int, int], stride: int) -> 
 def lab(images_B3HW: Tensor) -> Tensor:
     """sRGB in 0..1 to CIE Lab (D65)."""
     linear_B3HW = torch.where(images_B3HW > 0.04045, ((images_B3HW + 0.055) / 1.055) ** 2.4, images_B3HW / 12.92)
-    xyz_B3HW = torch.einsum("dc,bchw->bdhw", torch.tensor(XYZ_FROM_RGB), linear_B3HW)
-    xyz_B3HW = xyz_B3HW / torch.tensor(WHITE)[:, None, None]
+    xyz_B3HW = torch.einsum("dc,bchw->bdhw", linear_B3HW.new_tensor(XYZ_FROM_RGB), linear_B3HW)
+    xyz_B3HW = xyz_B3HW / xyz_B3HW.new_tensor(WHITE)[:, None, None]
     f_B3HW = torch.where(xyz_B3HW > 0.008856, xyz_B3HW ** (1 / 3), 7.787 * xyz_B3HW + 16 / 116)
     x_BHW, y_BHW, z_BHW = f_B3HW.unbind(1)
     return torch.stack([116 * y_BHW - 16, 500 * (x_BHW - y_BHW), 200 * (y_BHW - z_BHW)], 1)
@@ -109,7 +109,7 @@ def confident_pixels(
     for instance_HW, bitmask_HW, image, label in zip(instance_GHW, bitmasks_GHW, image_ids_G, labels_G, strict=True):
         rows_M, columns_M = torch.nonzero((instance_HW > confident) & (bitmask_HW > 0), as_tuple=True)
         if max_pixels is not None and len(rows_M) > max_pixels:
-            rank_M, count = torch.arange(len(rows_M)), len(rows_M)
+            rank_M, count = torch.arange(len(rows_M), device=rows_M.device), len(rows_M)
             chosen_M = (rank_M + 1) * max_pixels // count > rank_M * max_pixels // count
             rows_M, columns_M = rows_M[chosen_M], columns_M[chosen_M]
         pixels.append(features_BCHW[image][:, rows_M, columns_M].T)
@@ -181,7 +181,7 @@ def tight_box(mask_HW: Tensor, stride: int) -> Tensor:
     """xyxy in input pixels, zeros for an empty mask."""
     rows_M, columns_M = torch.nonzero(mask_HW, as_tuple=True)
     if len(rows_M) == 0:
-        return torch.zeros(4)
+        return torch.zeros(4, device=mask_HW.device)
     corners = torch.stack([columns_M.min(), rows_M.min(), columns_M.max() + 1, rows_M.max() + 1])
     return corners.float() * stride
 

@@ -24,9 +24,10 @@ from sim_hf.data.cropped_masks import CroppedMasks
 from sim_hf.evaluation import to_coco_results
 from sim_hf.evaluation.prediction import predict_images
 from speed_loading import pictures, round_up
-from speed_step import stock_network
+from speed_step import exact_convolutions, stock_network
 
 NUM_CLASSES = 80
+SIZE = (800, 1333)
 COCO_SIZES = ((0.41, 8, 32), (0.34, 32, 96), (0.25, 96, 400))  # share of the objects, least and greatest side in pixels
 COCO_SIDE = 640  # of the pictures in which COCO's objects have those sides
 
@@ -36,21 +37,28 @@ def inference_rows(
     data: Path | None,
     *,
     preset: str = "r50",
-    size: tuple[int, int] = (800, 1333),
+    size: tuple[int, int] = SIZE,
     num_queries: int = 100,
+    device: str = "cpu",
 ) -> list[Row]:
     """The whole way at `size` (height, width), then the post-processing alone: at `size`, and for a picture that was
-    enlarged by 5/3 on its way in."""
-    picture = pictures(data, 1, size)[0]
+    enlarged by 5/3 on its way in. On a GPU the networks and our post-processing run there."""
+    end_to_end = end_to_end_row(repeats, picture_of(data, size), preset, device)
+    return [end_to_end, *post_processing_rows(repeats, size=size, num_queries=num_queries, device=device)]
+
+
+def picture_of(data: Path | None, size: tuple[int, int] = SIZE) -> Image.Image:
+    return pictures(data, 1, size)[0]
+
+
+def post_processing_rows(repeats: int, *, size: tuple[int, int] = SIZE, num_queries: int = 100, device: str = "cpu") -> list[Row]:
     small = (round(size[0] * 0.6), round(size[1] * 0.6))
-    rows = [end_to_end_row(repeats, picture, preset)]
-    for original in (size, small):
-        rows.append(post_processing_row(repeats, original, size, num_queries))
-    return rows
+    return [post_processing_row(repeats, original, size, num_queries, device) for original in (size, small)]
 
 
-def end_to_end_row(repeats: int, picture: Image.Image, preset: str) -> Row:
-    whole = EndToEnd(picture, preset)
+def end_to_end_row(repeats: int, picture: Image.Image, preset: str, device: str = "cpu") -> Row:
+    whole = EndToEnd(picture, preset, device)
+    on_host = "; the peer's post-processing runs on the host, as it refuses outputs that lie on a GPU" if device == "cuda" else ""
     return compare(
         f"picture to run lengths, {preset}, {picture.height}x{picture.width}, fp32",
         "transformers' Mask2Former, its processor and its post-processing, pycocotools' run lengths",
@@ -59,13 +67,17 @@ def end_to_end_row(repeats: int, picture: Image.Image, preset: str) -> Row:
         equal=whole.is_equal(),
         goal=0.5,
         repeats=repeats,
+        device=device,
         note="equal: both networks get the same pixels and give the same logits; the peer's masks are made at 384x384 and"
-        " scaled by nearest neighbour, so the run lengths differ. Random weights: masks all over the picture, the worst case",
+        " scaled by nearest neighbour, so the run lengths differ. Random weights: masks all over the picture, the worst case"
+        + on_host,
     )
 
 
-def post_processing_row(repeats: int, original_size: tuple[int, int], input_size: tuple[int, int], num_queries: int) -> Row:
-    step = PostProcessing(original_size, input_size, num_queries)
+def post_processing_row(
+    repeats: int, original_size: tuple[int, int], input_size: tuple[int, int], num_queries: int, device: str = "cpu"
+) -> Row:
+    step = PostProcessing(original_size, input_size, num_queries, device=device)
     agreement = step.agreement()
     row = compare(
         f"logits of {num_queries} queries to run lengths, {original_size[0]}x{original_size[1]}",
@@ -75,6 +87,7 @@ def post_processing_row(repeats: int, original_size: tuple[int, int], input_size
         equal=agreement.is_equal,
         goal=0.1,
         repeats=repeats,
+        device=device,
     )
     row.note = agreement.note
     return row
@@ -83,11 +96,11 @@ def post_processing_row(repeats: int, original_size: tuple[int, int], input_size
 class EndToEnd:
     """A picture through both networks, with the same weights, to COCO results of as many instances as there are queries."""
 
-    def __init__(self, picture: Image.Image, preset: str) -> None:
-        self.picture = picture
+    def __init__(self, picture: Image.Image, preset: str, device: str = "cpu") -> None:
+        self.picture, self.device = picture, device
         torch.manual_seed(0)
         config = SIMConfig.from_preset(preset, id2label={label: f"class {label}" for label in range(NUM_CLASSES)})
-        self.model = SIMForInstanceSegmentation(config).eval()
+        self.model = SIMForInstanceSegmentation(config).eval().to(device)
         self.stock = stock_network(self.model).eval()
         edges = {"shortest_edge": min(picture.size), "longest_edge": max(picture.size)}
         self.processor = SIMImageProcessor(size=edges)
@@ -104,7 +117,10 @@ class EndToEnd:
     @torch.inference_mode()
     def peer(self) -> list[dict[str, Any]]:
         inputs = self.stock_processor(self.picture, return_tensors="pt")
-        outputs = self.stock(**inputs)
+        outputs: Any = self.stock(**{name: value.to(self.device) for name, value in inputs.items()})
+        if self.device != "cpu":
+            logits = (outputs.class_queries_logits.cpu(), outputs.masks_queries_logits.cpu())
+            outputs = SimpleNamespace(class_queries_logits=logits[0], masks_queries_logits=logits[1])
         (result,) = self.stock_processor.post_process_instance_segmentation(
             outputs, threshold=0.0, target_sizes=[(self.picture.height, self.picture.width)], return_binary_maps=True
         )
@@ -125,7 +141,8 @@ class EndToEnd:
             return False
         if not torch.equal(ours["pixel_mask"], theirs["pixel_mask"]):
             return False
-        a, b = (network(pixel_values=ours["pixel_values"]) for network in (self.model, self.stock))
+        with exact_convolutions():
+            a, b = (network(pixel_values=ours["pixel_values"].to(self.device)) for network in (self.model, self.stock))
         return torch.allclose(a.class_queries_logits, b.class_queries_logits, atol=1e-3, rtol=1e-3) and torch.allclose(
             a.masks_queries_logits, b.masks_queries_logits, atol=1e-2, rtol=1e-3
         )
@@ -135,7 +152,12 @@ class PostProcessing:
     """Outputs as a trained network gives them: each query a blob of a usual size and one class that it is sure of."""
 
     def __init__(
-        self, original_size: tuple[int, int], input_size: tuple[int, int], num_queries: int = 100, seed: int = 0
+        self,
+        original_size: tuple[int, int],
+        input_size: tuple[int, int],
+        num_queries: int = 100,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.original_size, self.input_size = original_size, input_size
         self.padded_size = (round_up(input_size[0]), round_up(input_size[1]))
@@ -143,8 +165,8 @@ class PostProcessing:
         generator = torch.Generator().manual_seed(seed)
         stride = self.processor.mask_stride
         self.outputs: Any = SimpleNamespace(
-            class_queries_logits=sure_class_logits(num_queries, generator)[None],
-            masks_queries_logits=blob_logits(num_queries, self.padded_size, input_size, stride, generator)[None],
+            class_queries_logits=sure_class_logits(num_queries, generator)[None].to(device),
+            masks_queries_logits=blob_logits(num_queries, self.padded_size, input_size, stride, generator)[None].to(device),
         )
         # The peer's last rows and columns read cells of the padding, too, ours only those of the picture: with the nearest
         # of these in the padding both must give the same.
@@ -176,7 +198,7 @@ class PostProcessing:
         logits_NHW = interpolate(logits_Nhw[None], self.padded_size, mode="bilinear", align_corners=False)
         logits_NHW = logits_NHW[..., :height, :width]
         logits_NHW = interpolate(logits_NHW, self.original_size, mode="bilinear", align_corners=False)[0]
-        masks_NHW = (logits_NHW > 0).numpy()
+        masks_NHW = (logits_NHW > 0).cpu().numpy()
         labels = (index_N % NUM_CLASSES).tolist()
         return [
             coco_result(label, score, encoded(mask_HW))

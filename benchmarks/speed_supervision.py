@@ -40,6 +40,7 @@ from sim_hf.mask_generation.box_cells import box_cells
 from supervision_inputs import STRIDE, Inputs, Picture, halved, make_inputs, read_pictures
 
 BATCH_SIZE = 2
+SIZE = (800, 1344)  # height and width of the input
 GOAL, MEMORY_GOAL = 1 / 20, 1 / 8  # of the whole
 RELATIVE, OF_LARGEST, OF_LENGTH = 1e-4, 1e-5, 1e-3
 EXCEPTIONS, EXCEPTION_OF_LARGEST = 1e-5, 1e-2
@@ -65,25 +66,36 @@ class Part:
     plain: Callable[[], Result]
 
 
-def supervision_rows(
+def supervision_rows(repeats: int, data: Path | None, *, device: str = "cpu") -> list[Row]:
+    """A row for each part, one for all of them together, and those of growth."""
+    return part_rows(repeats, data, device=device) + many_instances_rows(repeats, data, device=device)
+
+
+def many_instances_rows(repeats: int, data: Path | None, *, device: str = "cpu") -> list[Row]:
+    return growth_rows(repeats, *read_pictures(data, SIZE, BATCH_SIZE), device=device)
+
+
+def part_rows(
     repeats: int,
     data: Path | None,
     *,
-    size: tuple[int, int] = (800, 1344),
+    size: tuple[int, int] = SIZE,
     num_instances: int = 40,
     num_layers: int = 4,
+    device: str = "cpu",
 ) -> list[Row]:
-    """A row for each part, one for all of them together, and those of growth. size: (height, width) of the input."""
+    """A row for each part, and one for all of them together. size: (height, width) of the input."""
     pictures, num_classes = read_pictures(data, size, BATCH_SIZE)
-    inputs = make_inputs(pictures, num_classes, num_instances=num_instances, num_layers=num_layers)
+    inputs = make_inputs(pictures, num_classes, num_instances=num_instances, num_layers=num_layers, device=device)
     sides = Sides(inputs)
+    measured = {"repeats": repeats, "device": device}
     where = f"{size[0] // STRIDE}x{size[1] // STRIDE}, {num_instances} instances"
     rows = []
     for part in sides.parts():
         equal = agree(part.ours(), part.plain())
-        rows.append(compare(f"{part.name}, {where}", part.peer, part.ours, part.plain, equal=equal, goal=None, repeats=repeats))
+        rows.append(compare(f"{part.name}, {where}", part.peer, part.ours, part.plain, equal=equal, goal=None, **measured))
         if part.name == PROTOTYPES:
-            every_pixel = seconds(lambda: sides.plain.prototypes(max_pixels=None))
+            every_pixel = seconds(lambda: sides.plain.prototypes(max_pixels=None), device)
             rows[-1].note = f"both on {MAX_PIXELS} pixels an instance; the peer on all confident ones: {every_pixel:.3f} s"
     equal = all(row.equal for row in rows) and agree(sides.ours.everything(), sides.plain.everything(), by_length=True)
     rows.append(
@@ -95,11 +107,11 @@ def supervision_rows(
             equal=equal,
             goal=GOAL,
             memory_goal=MEMORY_GOAL,
-            repeats=repeats,
+            **measured,
             note=f"a box covers {inputs.box_share():.1%} of its picture; {sides.similar_share():.0%} of all pairs are similar",
         )
     )
-    return rows + growth_rows(repeats, pictures, num_classes)
+    return rows
 
 
 def growth_rows(
@@ -109,6 +121,7 @@ def growth_rows(
     *,
     counts: tuple[int, ...] = (20, 100, 300),
     num_layers: int = 2,
+    device: str = "cpu",
 ) -> list[Row]:
     """Ours with more and more instances in a picture, beside ours with the fewest, on half of the pictures' size: the time
     should grow no faster than the instances. Then the pseudo masks of the most, in chunks and at once: what chunks save.
@@ -118,7 +131,8 @@ def growth_rows(
     pictures = [halved(picture) for picture in pictures]
     few, *more = [
         Sides(
-            make_inputs(pictures, num_classes, num_instances=BATCH_SIZE * count, num_layers=num_layers), bounded_sample=True
+            make_inputs(pictures, num_classes, num_instances=BATCH_SIZE * count, num_layers=num_layers, device=device),
+            bounded_sample=True,
         ).ours
         for count in counts
     ]
@@ -131,6 +145,7 @@ def growth_rows(
             equal=agree(many.chunked_masks(CHUNK_SIZE), many.chunked_masks(BATCH_SIZE * count)),
             goal=count / counts[0],
             repeats=repeats,
+            device=device,
             note="the goal is the ratio of the numbers",
         )
         for count, many in zip(counts[1:], more, strict=True)
@@ -144,6 +159,7 @@ def growth_rows(
         goal=None,
         memory_goal=1.0,
         repeats=repeats,
+        device=device,
     )
     return [*rows, chunks]
 
@@ -264,6 +280,7 @@ class Ours:
         # Beside the peer, room for all: which pixels the bank would drop is its own choice.
         max_pixels = BOUNDED_SAMPLE if bounded_sample else MAX_PIXELS * inputs.num_instances
         self.bank = PrototypeBank(num_classes, num_prototypes, channels, max_pixels_per_class=max_pixels)
+        self.bank.to(inputs.prototypes_KLC.device)
         self.criterion = BoxInstCriterion(
             projection_weight=PROJECTION_WEIGHT,
             pairwise_weight=PAIRWISE_WEIGHT,

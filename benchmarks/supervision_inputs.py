@@ -125,8 +125,11 @@ def areas(boxes_G4: Tensor) -> Tensor:
     return (boxes_G4[:, 2:] - boxes_G4[:, :2]).prod(1)
 
 
-def make_inputs(pictures: list[Picture], num_classes: int, *, num_instances: int, num_layers: int, seed: int = 0) -> Inputs:
-    """A batch of these pictures; boxes are repeated until there are `num_instances`, shared evenly by the pictures."""
+def make_inputs(
+    pictures: list[Picture], num_classes: int, *, num_instances: int, num_layers: int, seed: int = 0, device: str = "cpu"
+) -> Inputs:
+    """A batch of these pictures; boxes are repeated until there are `num_instances`, shared evenly by the pictures. Made on
+    the CPU, so every device has the same."""
     generator = torch.Generator().manual_seed(seed)
     images_B3HW = torch.stack([picture.image_3HW for picture in pictures])
     batch_size, _, height, width = images_B3HW.shape
@@ -144,20 +147,28 @@ def make_inputs(pictures: list[Picture], num_classes: int, *, num_instances: int
     features_BCHW = mask_features(targets, prototypes_KLC, generator)
     orders = [torch.randperm(num_instances, generator=generator) for _ in range(2 * num_layers)]
     layers = [blob_logits(targets.boxes_G4[ids_N], targets.input_size, generator) for ids_N in orders]
-    students = [
-        MaskPredictions(logits_NHW.requires_grad_(), ids_N, torch.ones(num_instances), features_BCHW)
-        for logits_NHW, ids_N in zip(layers[:num_layers], orders[:num_layers], strict=True)
-    ]
+    features_BCHW = features_BCHW.to(device)
+
+    def positives(logits_NHW: Tensor, ids_N: Tensor) -> MaskPredictions:
+        return MaskPredictions(logits_NHW.to(device), ids_N.to(device), torch.ones(len(ids_N), device=device), features_BCHW)
+
+    students = [positives(*layer) for layer in zip(layers[:num_layers], orders[:num_layers], strict=True)]
+    for student in students:
+        student.mask_logits_NHW.requires_grad_()
     return Inputs(
-        images_B3HW=images_B3HW,
-        valid_BHW=torch.ones(batch_size, height, width, dtype=torch.bool),
-        targets=targets,
-        students=students,
-        teacher=MaskPredictions(
-            torch.cat(layers[num_layers:]), torch.cat(orders[num_layers:]), torch.ones(num_layers * num_instances), features_BCHW
+        images_B3HW=images_B3HW.to(device),
+        valid_BHW=torch.ones(batch_size, height, width, dtype=torch.bool, device=device),
+        targets=InstanceTargets(
+            boxes_G4=targets.boxes_G4.to(device),
+            class_labels_G=targets.class_labels_G.to(device),
+            image_ids_G=targets.image_ids_G.to(device),
+            input_size=targets.input_size,
+            num_images=targets.num_images,
         ),
-        prototypes_KLC=prototypes_KLC,
-        counts_KL=torch.full((num_classes, NUM_PROTOTYPES), EARLIER_MOVES),
+        students=students,
+        teacher=positives(torch.cat(layers[num_layers:]), torch.cat(orders[num_layers:])),
+        prototypes_KLC=prototypes_KLC.to(device),
+        counts_KL=torch.full((num_classes, NUM_PROTOTYPES), EARLIER_MOVES, device=device),
     )
 
 
