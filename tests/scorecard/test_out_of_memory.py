@@ -1,10 +1,13 @@
 """26 oom: memory runs out in the forward pass, the backward pass, or while a batch is made."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
 from factories import make_arguments
 from sim_hf.cli import main
+from sim_hf.training.out_of_memory import explained
 from sim_hf.training.trainer import Trainer
 
 
@@ -86,6 +89,35 @@ def test_26_the_run_goes_on_in_smaller_parts(data, model, tmp_path):
     assert resumed.step.global_step == 3
     for name, tensor in whole.student.state_dict().items():  # the same steps, up to rounding (which Adam enlarges)
         torch.testing.assert_close(resumed.student.state_dict()[name], tensor, rtol=0, atol=2e-3)
+
+
+@pytest.mark.gpu
+def test_26_memory_that_really_runs_out_on_cuda(data, model, tmp_path):
+    trainer = Trainer(make_arguments(data, model, tmp_path, **OPTIONS))
+    trainer.model.train()
+    trainer.step.train()
+    trainer.optimizer_step(iter(trainer.batches))
+    before = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
+    filled = []
+    try:
+        for size in (2**20, 2**18, 2**14, 2**10, 2**7):  # until nothing fits between the others
+            with suppress(torch.OutOfMemoryError):
+                while True:
+                    filled.append(torch.empty(size, device="cuda"))
+        with (
+            pytest.raises(torch.OutOfMemoryError, match=r"step 1: out of memory.*--gradient_accumulation_steps 4"),
+            explained(trainer.step, trainer.optimizer, trainer.run),
+        ):
+            trainer.optimizer_step(iter(trainer.batches))
+    finally:
+        filled.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(parameter.grad is None for parameter in trainer.student.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.student.state_dict().items())
+    trainer.optimizer_step(iter(trainer.batches))
+    assert trainer.step.global_step == 2
 
 
 def test_26_the_command_ends_in_one_line(command, tmp_path, monkeypatch, capsys):

@@ -65,7 +65,9 @@ class HungarianMatcher:
                 for pairs, cost_BQG in zip(pairs_of_layer, cost_LBQG, strict=True):
                     queries, instances = linear_sum_assignment(cost_BQG[image - part.start][:, own])
                     pairs.append(np.stack([np.full_like(queries, image), queries, rows.numpy()[own[instances]]]))
-        return [Matches(*torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)) for pairs in pairs_of_layer]
+        joined = [np.concatenate(pairs, axis=1) for pairs in pairs_of_layer]
+        pairs_3N = torch.from_numpy(np.concatenate(joined, axis=1)).to(device)  # one transfer, as before
+        return [Matches(*part_3N) for part_3N in pairs_3N.split([part.shape[1] for part in joined], 1)]
 
     @torch.no_grad()
     def nearest(self, layer: tuple[Tensor, Tensor], targets: InstanceTargets, count: int, *, global_step: int) -> Matches:

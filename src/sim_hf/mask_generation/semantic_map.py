@@ -82,9 +82,11 @@ class ClassSimilarity:
 def _similarity_to_nearest(features_CHW: Tensor, prototypes_NLC: Tensor, similarity_NHW: Tensor) -> None:
     """Cosine of every pixel of one image with the nearest prototype of each of its classes, into `similarity_NHW`.
 
-    Strip by strip: the products with all prototypes, ten times the result, never exist at once and stay in the cache.
+    On a CPU strip by strip: the products with all prototypes, ten times the result, never exist at once and stay in the cache.
+    For a GPU many small calls take longer.
     """
-    strips = (maps.flatten(1).split(_CELLS_AT_A_TIME, 1) for maps in (features_CHW, similarity_NHW))
+    step = _CELLS_AT_A_TIME if features_CHW.device.type == "cpu" else features_CHW[0].numel()
+    strips = (maps.flatten(1).split(step, 1) for maps in (features_CHW, similarity_NHW))
     with torch.autocast(device_type=features_CHW.device.type, enabled=False):
         for features_CS, similarity_NS in zip(*strips, strict=True):
             features_CS = features_CS.float()
@@ -95,7 +97,9 @@ def _similarity_to_nearest(features_CHW: Tensor, prototypes_NLC: Tensor, similar
 
 
 def _length(features_CS: Tensor) -> Tensor:
-    """Length of every pixel's feature vector, a few channels at a time: no copy of the features. -> (S,)"""
+    """Length of every pixel's feature vector, on a CPU a few channels at a time: no copy of the features. -> (S,)"""
+    if features_CS.device.type != "cpu":
+        return torch.linalg.vector_norm(features_CS, dim=0)
     squares_XS = torch.zeros_like(features_CS[:_CHANNELS_AT_A_TIME])
     for part_XS in features_CS.split(_CHANNELS_AT_A_TIME):
         squares_XS[: len(part_XS)].addcmul_(part_XS, part_XS)

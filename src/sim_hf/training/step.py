@@ -107,7 +107,7 @@ class TrainingStep(nn.Module):
         """Targets and colours of the collated batch, after copy-paste (which also changes the pixels the student sees)."""
         pixel_values, pixel_mask, labels = batch["pixel_values"], batch["pixel_mask"], batch["labels"]
         targets = InstanceTargets.from_labels(labels, tuple(pixel_values.shape[-2:]))
-        image_keys = [int(label["image_id"]) for label in labels]
+        image_keys = torch.cat([label["image_id"].reshape(1) for label in labels]).tolist()  # a GPU is waited for once
         images = denormalize(pixel_values, self.image_mean, self.image_std)
         pastes = self.training and not self.second_phase and self.global_step >= self.paste_start_step
         if pastes and self.memory_bank is not None:
