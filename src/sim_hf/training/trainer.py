@@ -241,8 +241,9 @@ class Trainer:
                 # DDP averages over ranks while the counts are of all ranks together.
                 self.accelerator.backward(output.total * self.accelerator.num_processes)
             outputs.append(output)
-            for name, loss in output.losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss.detach())
+            values = torch.stack([loss.detach().float() for loss in output.losses.values()]).tolist()  # one wait for a GPU
+            for name, value in zip(output.losses, values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
         gradient_norm = float(whole(cast(torch.Tensor, norm)))  # accelerate's None is for DeepSpeed engines
         losses = sum_over_ranks(sums, self.accelerator)
