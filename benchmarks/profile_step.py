@@ -116,8 +116,8 @@ def batch_fits(case: Case, batch: dict, count: int) -> bool:
         taken = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if case.device == "cuda" else ""
         print(f"batch {count}: fits{taken}", flush=True)
         return True
-    except torch.OutOfMemoryError:
-        print(f"batch {count}: does not fit", flush=True)
+    except RuntimeError as error:  # out of memory, or a tensor too large for a library
+        print(f"batch {count}: does not fit ({str(error).partition(chr(10))[0][:150]})", flush=True)
         return False
     finally:
         step = None
