@@ -149,18 +149,20 @@ def numbers(state, name=""):
 
 
 def largest_difference(found, expected):
-    """Of all floating-point tensors; everything else must be equal."""
+    """Of all floating-point tensors; everything else must be equal. Prototypes and the memory bank decide by thresholds, where
+    rounding may tip the balance: they act on the weights, which are looked at."""
     found, expected = numbers(found), numbers(expected)
     assert found.keys() == expected.keys()
     largest = 0.0
     for name, value in expected.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.numel():
-                largest = max(largest, float((found[name].cpu().double() - value.cpu().double()).abs().max()))
-        elif not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
             assert found[name] == value, name
-        elif "memory_bank" not in name and "counts" not in name:
+        elif "memory_bank" in name or "criterion" in name:
+            continue
+        elif not value.is_floating_point():
             assert torch.equal(found[name].cpu(), value.cpu()), name
+        elif value.numel():
+            largest = max(largest, float((found[name].cpu().double() - value.cpu().double()).abs().max()))
     return largest
 
 
