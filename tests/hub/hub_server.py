@@ -11,57 +11,15 @@ import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+from hub_repository import DATE, Refusal, Repo, StoredFile, card_errors, entry_of, small_file
 
 PREFIXES = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 LARGE = re.compile(r".*\.(safetensors|bin|pt|parquet|arrow|jpg|png)$")
-DATE = "2026-01-01T00:00:00.000Z"
 REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
-TASKS = {"image-segmentation", "object-detection", "image-classification"}
-LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "other", "unknown"}
-
-
-@dataclass
-class StoredFile:
-    oid: str  # sha256 of a large file, git's sha1 of a small one
-    content: bytes
-    large: bool
-
-
-@dataclass
-class Repo:
-    kind: str
-    name: str
-    private: bool
-    commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
-    branches: dict[str, list[str]] = field(default_factory=dict)  # newest commit last
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, StoredFile], title: str) -> str:
-        sha = hashlib.sha1(f"{self.kind}{self.name}{len(self.commits)}{title}".encode()).hexdigest()
-        self.commits[sha], self.titles[sha] = files, title
-        self.branches.setdefault(branch, []).append(sha)
-        return sha
-
-    def resolve(self, revision: str) -> str:
-        if revision in self.branches:
-            return self.branches[revision][-1]
-        if revision in self.tags or revision in self.commits:
-            return self.tags.get(revision, revision)
-        raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-
-
-@dataclass
-class Refusal(Exception):
-    status: int
-    code: str
-    message: str
-    body: dict | None = None
 
 
 @dataclass
@@ -232,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(409, "", "You already created this repo", {"error": "exists", "url": self._web(kind, name)})
         self._writer(owner or "")
         repo = Repo(kind, name, wanted.get("visibility") == "private" or bool(wanted.get("private")))
-        repo.commit("main", {".gitattributes": _small(b"*.parquet filter=lfs\n")}, "initial commit")
+        repo.commit("main", {".gitattributes": small_file(b"*.parquet filter=lfs\n")}, "initial commit")
         self.hub.repos[kind, name] = repo
         return {"url": self._web(kind, name), "id": name, "name": name}
 
@@ -248,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self):
         request = json.loads(self.body)
-        errors = _card_errors(request["content"])
+        errors = card_errors(request["content"])
         if errors:
             raise Refusal(400, "", "", {"errors": [{"message": text} for text in errors], "warnings": []})
         return {"errors": [], "warnings": []}
@@ -271,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = len(folder) + 1 if folder else 0
         folders = {path[: start + i] for path in inside for i, letter in enumerate(path[start:]) if letter == "/"}
         shown = [path for path in sorted(inside | folders) if recursive or "/" not in path[start:]]
-        return [_entry(path, files.get(path), sha) for path in shown]
+        return [entry_of(path, files.get(path), sha) for path in shown]
 
     def paths_info(self, kind: str, name: str, revision: str):
         repo = self._repo(kind, name)
@@ -279,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = self.body.decode()
         paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
         return [
-            _entry(path, repo.commits[sha].get(path), sha)
+            entry_of(path, repo.commits[sha].get(path), sha)
             for path in paths
             if path in repo.commits[sha] or any(other.startswith(f"{path}/") for other in repo.commits[sha])
         ]
@@ -318,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines[1:]:
             value, path = line["value"], line["value"]["path"]
             if line["key"] == "file":
-                files[path] = _small(base64.b64decode(value["content"]))
+                files[path] = small_file(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 if value["oid"] not in self.hub.blobs:
                     raise Refusal(400, "", f"{path}: its content was never uploaded")
@@ -405,44 +363,3 @@ ROUTES = [
 
 def _json(value) -> bytes:
     return json.dumps(value).encode()
-
-
-def _small(content: bytes) -> StoredFile:
-    return StoredFile(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), content, large=False)
-
-
-def _entry(path: str, file: StoredFile | None, sha: str) -> dict:
-    commit = {"lastCommit": {"id": sha, "title": "", "date": DATE}}
-    if file is None:
-        return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0, **commit}
-    entry = {"type": "file", "path": path, "oid": file.oid[:40], "size": len(file.content), **commit}
-    return {**entry, "lfs": {"oid": file.oid, "size": len(file.content), "pointerSize": 134}} if file.large else entry
-
-
-def _card_errors(content: str) -> list[str]:
-    """What the Hub would say of a card's metadata."""
-    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
-    if match is None:
-        return []  # a warning on the Hub
-    try:
-        data = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
-        return [f"not YAML: {error}"]
-    errors = []
-    if "license" in data and data["license"] not in LICENCES:
-        errors.append(f'"license" must be one of {sorted(LICENCES)}')
-    if "pipeline_tag" in data and data["pipeline_tag"] not in TASKS:
-        errors.append(f'"pipeline_tag" {data["pipeline_tag"]!r} is not a task')
-    for key in ("tags", "datasets", "metrics"):
-        value = data.get(key, [])
-        if not isinstance(value, list | str) or (isinstance(value, list) and not all(isinstance(v, str) for v in value)):
-            errors.append(f'"{key}" must be a list of strings')
-    for model in data.get("model-index", []):
-        if not model.get("name"):
-            errors.append('"model-index[0].name" is not allowed to be empty')
-        for result in model.get("results", []):
-            if not {"task", "dataset", "metrics"} <= set(result):
-                errors.append('"model-index[0].results[0]" needs task, dataset and metrics')
-            elif not all("type" in metric and "value" in metric for metric in result["metrics"]):
-                errors.append('"model-index[0].results[0].metrics[0]" needs type and value')
-    return errors

@@ -9,6 +9,9 @@ COCO = "data/test_coco.py::"
 IMAGES = "data/test_images.py::"
 AUGMENTATION = "data/test_augmentation.py::"
 EVALUATOR = "evaluation/test_coco_evaluator.py::"
+NUMBERS = "evaluation/test_coco_numbers.py::"
+RESULTS = "evaluation/test_coco_results.py::"
+RANKS = "evaluation/test_coco_evaluator_ranks.py::"
 VERDICTS = VALIDATION + "test_a_corrupted_file_gets_its_verdict"
 LOADER_VERDICTS = VALIDATION + "test_the_loader_gives_the_verdict_of_the_check"
 NEW = "scorecard/"
@@ -57,9 +60,9 @@ FAULTS = (
         says="nothing",
         then="nothing",
         tests=(
-            EVALUATOR + "test_numbers_equal_pycocotools_and_the_second_implementation",
-            EVALUATOR + "test_ground_truth_as_prediction_scores_one_whatever_the_ids",
-            EVALUATOR + "test_nothing_depends_on_order_or_names_of_images_and_categories",
+            NUMBERS + "test_numbers_equal_pycocotools_and_the_second_implementation",
+            NUMBERS + "test_ground_truth_as_prediction_scores_one_whatever_the_ids",
+            NUMBERS + "test_nothing_depends_on_order_or_names_of_images_and_categories",
             "evaluation/test_coco_backend.py::test_the_fast_backend_gives_the_arrays_of_pycocotools",
         ),
         stock="pycocotools is what is compared with",
@@ -80,8 +83,8 @@ FAULTS = (
             EVALUATOR + "test_equal_scores_are_counted_in_order_of_image_and_position",
             EVALUATOR + "test_results_may_come_in_any_order_of_images_even_with_ties",
             EVALUATOR + "test_other_detection_limits_work",
-            EVALUATOR + "test_broken_results_are_refused_by_name",
-            EVALUATOR + "test_unknown_category_in_coco_results_is_refused",
+            RESULTS + "test_broken_results_are_refused_by_name",
+            RESULTS + "test_unknown_category_in_coco_results_is_refused",
             "evaluation/test_ground_truth.py::test_broken_ground_truth_is_refused_by_name",
         ),
     ),
@@ -95,8 +98,8 @@ FAULTS = (
         says="nothing",
         then="nothing",
         tests=(
-            EVALUATOR + "test_two_processes_count_every_image_once_and_agree_with_one",
-            EVALUATOR + "test_padded_repeat_of_an_image_counts_once",
+            RANKS + "test_two_processes_count_every_image_once_and_agree_with_one",
+            RANKS + "test_padded_repeat_of_an_image_counts_once",
             "training/test_two_processes.py::test_evaluation_on_two_ranks_counts_every_image_once",
         ),
         slow=True,
@@ -148,7 +151,7 @@ FAULTS = (
             COCO + "test_labels_are_the_categories_sorted_by_id",
             COCO + "test_category_ids_survive_what_datasets_do",
             COCO + "test_bad_annotation_ids_are_numbered_anew",
-            EVALUATOR + "test_coco_results_survive_json_and_give_the_same_numbers",
+            RESULTS + "test_coco_results_survive_json_and_give_the_same_numbers",
         ),
     ),
     Fault(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from fault import Fault
 
 CHECKPOINT = "training/test_checkpoint.py::"
+STATE = "training/test_state_files.py::"
 RESUME = "training/test_resume.py::"
-DRIVERS = "training/test_drivers.py::"
+SIM_TRAINER = "training/test_sim_trainer.py::"
+SIM_CHECKPOINTS = "training/test_sim_trainer_checkpoints.py::"
 TRAINER = "training/test_trainer.py::"
 STEP = "training/test_step.py::"
 TWO = "training/test_two_processes.py::"
@@ -29,7 +31,7 @@ FAULTS = (
         tests=(
             CHECKPOINT + "test_kill_at_any_file_operation_of_a_save_leaves_a_valid_checkpoint",
             CHECKPOINT + "test_what_a_killed_save_left_is_removed_by_the_next",
-            DRIVERS + "test_resume_true_skips_a_checkpoint_that_was_cut_off",
+            SIM_CHECKPOINTS + "test_resume_true_skips_a_checkpoint_that_was_cut_off",
             RESUME + "test_a_killed_run_goes_on_as_if_nothing_had_happened",
             NEW + "test_kills.py::test_01_kill_at_any_file_operation_of_a_sim_trainer_save",
             NEW + "test_kills.py::test_01_kill_at_any_file_operation_of_an_export",
@@ -47,7 +49,7 @@ FAULTS = (
         then="nothing: the run is the one that was not interrupted",
         tests=(
             RESUME + "test_a_run_in_three_parts_equals_an_unbroken_one_bit_for_bit",
-            DRIVERS + "test_sim_trainer_resumes_bit_for_bit_in_the_middle_of_an_epoch",
+            SIM_CHECKPOINTS + "test_sim_trainer_resumes_bit_for_bit_in_the_middle_of_an_epoch",
             RESUME + "test_the_random_state_of_all_generators_comes_back",
             "training/test_second_phase.py::test_an_interrupted_run_goes_on_with_the_same_masks_and_the_same_bits",
         ),
@@ -76,7 +78,7 @@ FAULTS = (
         tests=(
             TRAINER + "test_a_loss_that_is_not_finite_stops_the_run_with_names_and_changes_nothing",
             TRAINER + "test_a_gradient_that_is_not_finite_stops_the_run_too",
-            DRIVERS + "test_sim_trainer_stops_before_the_update_when_a_loss_is_not_finite",
+            SIM_TRAINER + "test_sim_trainer_stops_before_the_update_when_a_loss_is_not_finite",
             TWO + "test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_rank",
             "mask_generation/test_pseudo_masks.py::test_nan_teacher_mask_is_never_foreground_and_feeds_no_prototype",
         ),
@@ -94,7 +96,7 @@ FAULTS = (
         tests=(
             STEP + "test_gradient_does_not_depend_on_the_split_into_micro_batches",
             STEP + "test_everything_ticks_once_per_optimizer_step",
-            DRIVERS + "test_sim_trainer_gives_the_same_weights_for_every_split_of_a_step",
+            SIM_TRAINER + "test_sim_trainer_gives_the_same_weights_for_every_split_of_a_step",
             TWO + "test_two_ranks_of_sim_trainer_equal_one_process",
         ),
         slow=True,
@@ -201,9 +203,9 @@ FAULTS = (
             CHECKPOINT + "test_flipped_bit_falls_back_to_the_previous_one_and_says_so",
             CHECKPOINT + "test_deleted_file_is_named",
             CHECKPOINT + "test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start",
-            CHECKPOINT + "test_state_files_of_two_saves_do_not_mix",
+            STATE + "test_state_files_of_two_saves_do_not_mix",
             RESUME + "test_another_run_cannot_go_on_with_a_checkpoint",
-            DRIVERS + "test_sim_trainer_does_not_resume_from_a_flipped_byte",
+            SIM_CHECKPOINTS + "test_sim_trainer_does_not_resume_from_a_flipped_byte",
             NEW + "test_stale_resume.py::test_17_each_file_of_a_real_checkpoint",
             NEW + "test_stale_resume.py::test_17_other_data_or_number_of_processes",
         ),
@@ -256,7 +258,7 @@ FAULTS = (
         tests=(
             STEP + "test_a_skipped_step_leaves_no_trace",
             TRAINER + "test_a_skipped_update_moves_on_in_the_data_but_does_not_tick",
-            DRIVERS + "test_a_skipped_update_does_not_tick",
+            SIM_TRAINER + "test_a_skipped_update_does_not_tick",
             NEW + "test_half_precision.py::test_25_a_real_scaler_skips_everything",
         ),
         gpu_tests=(NEW + "test_half_precision.py::test_25_fp16_on_cuda",),
