@@ -165,8 +165,9 @@ def main() -> None:
     lines: list[Line] = []
     for name in options.cases or (CASES if options.device == "cuda" else ["tiny"]):
         for dtype in options.dtypes:
-            lines += lines_of(CASES[name], getattr(torch, dtype), options.device, options.repeats, options.tiles)
-            print(table(lines[-len(FORMS) - len(options.tiles) :]), flush=True)
+            found = list(lines_of(CASES[name], getattr(torch, dtype), options.device, options.repeats, options.tiles))
+            print(table(found), flush=True)
+            lines += found
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_results(options.output, {}, extra={"lines": [asdict(line) for line in lines]})
     print(table(lines))

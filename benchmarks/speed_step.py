@@ -92,27 +92,66 @@ def _step_row(name: str, case: Case, repeats: int) -> Row:
         repeats=repeats,
         device=case.device,
     )
-    if case.device != "cpu":
-        further = _further_shares(ours, SimStep(model, case, batch, precision, supervision="full"), repeats)
+    if case.device == "cpu":
+        row.note = f"SIM adds {100 * statistics.median(ours.added[-repeats:]):.1f} % of the step (goal 8 %)"
+    else:
+        row.note = _shares(ours, SimStep(model, case, batch, precision, supervision="full"), repeats)
     row.equal = same_logits(model, stock, batch)  # last: it leaves both in evaluation mode
-    row.note = f"SIM adds {100 * statistics.median(ours.added[-repeats:]):.1f} % of the step (goal 8 %)"
-    if case.device != "cpu":
-        row.note += f"; {further}"
     return row
 
 
-def _further_shares(ours: SimStep, full: SimStep, repeats: int) -> str:
-    """The teacher's share of our step, and our step beside our own fully supervised one, in turns."""
-    device, ours.watches = ours.case.device, True
+def _shares(ours: SimStep, full: SimStep, repeats: int) -> str:
+    """Of our step what SIM adds and the teacher's forward, and our step beside our own fully supervised one, in turns. Then with
+    sure masks: those of a fresh network are gray, so next to no pseudo masks come of them, and nothing is remembered."""
+    added, teacher = _watched(ours, repeats)
+    said = (
+        f"SIM adds {added:.1f} % of the step (goal 8 %); the teacher's forward is {teacher:.1f} %; {_ratio(ours, full, repeats)}"
+    )
+    with sure_masks(ours):
+        added, _ = _watched(ours, repeats)
+        bank = ours.step.memory_bank
+        remembered = 0 if bank is None else len(bank)
+        return f"{said}; with sure masks ({remembered} images remembered) SIM adds {added:.1f} %, {_ratio(ours, full, repeats)}"
+
+
+def _watched(step: SimStep, repeats: int) -> tuple[float, float]:
+    """Percent of a step that SIM adds, and that the teacher's forward takes."""
+    step.watches = True
     for _ in range(repeats + 1):  # the first does not count
-        ours.run()
-    ours.watches = False
-    teacher = 100 * statistics.median(ours.teacher[-repeats:])
+        step.run()
+    step.watches = False
+    added, teacher = (100 * statistics.median(shares[-repeats:]) for shares in (step.added, step.teacher))
+    return added, teacher
+
+
+def _ratio(ours: SimStep, full: SimStep, repeats: int) -> str:
+    device = ours.case.device
     for _ in range(WARM_UPS[device]):
         ours.run(), full.run()
     times = [(seconds(ours.run, device), seconds(full.run, device)) for _ in range(repeats)]
     sim, own = (statistics.median(column) for column in zip(*times, strict=True))
-    return f"the teacher's forward is {teacher:.1f} %; SIM/full ratio {sim / own:.2f} ({sim:.4f} / {own:.4f} s)"
+    return f"SIM/full ratio {sim / own:.2f} ({sim:.4f} / {own:.4f} s)"
+
+
+@contextmanager
+def sure_masks(step: SimStep) -> Iterator[None]:
+    """Student and teacher with the last layer of their mask embedding times a power of two, which is exact in both directions."""
+    assert step.step.teacher is not None
+    networks = [step.model, step.step.teacher.model]
+    embedders = [network.model.transformer_module.decoder.mask_predictor.mask_embedder for network in networks]
+    last = [[layer for layer in embedder.modules() if isinstance(layer, torch.nn.Linear)][-1] for embedder in embedders]
+
+    def scale(factor: float) -> None:
+        with torch.no_grad():
+            for layer in last:
+                layer.weight.mul_(factor)
+                layer.bias.mul_(factor)
+
+    scale(1024.0)
+    try:
+        yield
+    finally:
+        scale(1 / 1024)
 
 
 def model_row(name: str, repeats: int, device: str = "cpu") -> Row:
