@@ -110,6 +110,8 @@ def test_help_explains_every_option(capsys):
         ([*DATA, "--gradient_accumulation_steps", "0"], "must divide"),
         ([*DATA, "--max_steps", "0"], "--max_steps must be at least 1, got 0"),
         ([*DATA, "--export", "both"], "--export must be teacher or student"),
+        ([*DATA, "--optimizer", "adam"], "--optimizer must be one of adamw, sgd, got 'adam'"),
+        ([*DATA, "--lr_schedule", "steps"], "--lr_schedule must be one of cosine, poly, constant, step, got 'steps'"),
         ([*DATA, "--mixed_precision", "fp8"], "--mixed_precision must be"),
     ],
 )
@@ -143,6 +145,8 @@ def test_lengths_are_steps_or_fractions_of_the_run():
         ("use_masks: 1", "use_masks must be of type bool, got 1"),
         ("learning_rate: [1.0]", r"learning_rate must be of type float, got \[1.0\]"),
         ("data: photographs", r"data must be of type list.*, got 'photographs'"),
+        ("lr_steps: [0.5, late]", r"lr_steps must be of type list.*, got \[0.5, 'late'\]"),
+        ("lr_steps: [true]", r"lr_steps must be of type list.*, got \[True\]"),
         ("seed:", "seed must be of type int, got None"),
     ],
 )
@@ -151,6 +155,13 @@ def test_a_config_value_of_another_type_is_refused_by_name(tmp_path, line, messa
     config.write_text(line)
     with pytest.raises(ValueError, match=message):
         read_config(config)
+
+
+def test_a_list_of_numbers_may_hold_whole_ones(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("lr_schedule: step\nlr_steps: [60, 0.75]\n")
+    assert parse_arguments(["--config", str(config), *DATA])[3].lr_steps == [60, 0.75]
+    assert parse_arguments(["--config", str(config), *DATA, "--lr_steps", "0.5", "70"])[3].lr_steps == [0.5, 70.0]
 
 
 def test_config_values_that_fit_are_taken(tmp_path):

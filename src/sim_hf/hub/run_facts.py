@@ -179,11 +179,12 @@ def _schedule(options: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[s
     if not options:
         return {}
     processes = manifest.get("world_size", 1)
+    optimizer = {"adamw": "AdamW", "sgd": "SGD"}[options.get("optimizer", "adamw")]
     return {
         "steps": f"{manifest.get('step')} of {options['max_steps']}",
         "images a step": f"{options['batch_size'] * processes}",
-        "optimiser": f"AdamW, learning rate {options['learning_rate']:g}, backbone x {options['backbone_lr_multiplier']:g}, "
-        f"weight decay {options['weight_decay']:g}, {options['lr_schedule']}",
+        "optimiser": f"{optimizer}, learning rate {options['learning_rate']:g}, "
+        f"backbone x {options['backbone_lr_multiplier']:g}, weight decay {options['weight_decay']:g}, {options['lr_schedule']}",
         "precision": str(options["mixed_precision"]),
         "seed": str(options["seed"]),
     }

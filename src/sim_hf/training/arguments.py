@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from sim_hf.criteria.build import MASK_CRITERIA, MATCHING_COSTS
 from sim_hf.criteria.set_criterion import POSITIVES
 from sim_hf.models.architectures import PRESETS
+from sim_hf.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 @dataclass
@@ -199,14 +200,20 @@ class RunArguments:
     max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=8, metadata={"help": "Images per step and process (split over the accumulation)."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per step; must divide --batch_size."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "AdamW."})
+    optimizer: str = field(default="adamw", metadata={"help": f"One of {', '.join(OPTIMIZERS)}."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "At the end of the warm-up."})
+    momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
     backbone_lr_multiplier: float = field(
         default=0.2, metadata={"help": "Learning rate of the backbone, relative; 0 freezes it."}
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Not applied to norms, biases and embeddings."})
     lr_warmup: float = field(default=0.02, metadata={"help": "Linear warm-up of the learning rate (steps or fraction)."})
-    lr_schedule: str = field(default="cosine", metadata={"help": "cosine, poly or constant, after the warm-up."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
+    lr_schedule: str = field(default="cosine", metadata={"help": f"One of {', '.join(SCHEDULES)}, after the warm-up."})
+    lr_steps: list[float] = field(
+        default_factory=lambda: [2 / 3, 8 / 9],
+        metadata={"help": "Where --lr_schedule step divides the learning rate by ten (steps or fractions)."},
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 = none."})
     mixed_precision: str = field(
         default="no", metadata={"help": "no, bf16, fp16 or auto (bf16 where the processor computes in it)."}
     )
@@ -273,14 +280,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The options of a YAML file; a key that is no option is an error that names it."""
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: must hold options with their values, got a {type(options).__name__}")
     types = {
         name: expected
         for group in (ModelArguments, DataArguments, SupervisionArguments, RunArguments)
         for name, expected in get_type_hints(group).items()
     }
-    unknown = sorted(set(options) - set(types))
+    unknown = sorted(str(name) for name in options if name not in types)
     if unknown:
         raise ValueError(f"{path}: unknown option(s) {', '.join(unknown)}")
     for name, value in options.items():
@@ -293,7 +302,8 @@ def _check_type(place: str, value: Any, expected: Any) -> None:
     allowed = get_args(expected) if isinstance(expected, UnionType) else (expected,)
     for kind in allowed:
         if get_origin(kind) is list:
-            if isinstance(value, list) and all(isinstance(item, get_args(kind)) for item in value):
+            (of,) = get_args(kind)
+            if isinstance(value, list) and all(type(item) is of or (of is float and type(item) is int) for item in value):
                 return
         elif type(value) in (kind, str) or (kind is float and type(value) is int):
             return  # text is converted, or refused, as on the command line: 5e-4 is text to YAML 1.1
@@ -327,6 +337,12 @@ def check_arguments(model: ModelArguments, data: DataArguments, supervision: Sup
         raise ValueError(
             f"--gradient_accumulation_steps ({run.gradient_accumulation_steps}) must divide --batch_size ({run.batch_size})"
         )
+    for name, value, known in (
+        ("optimizer", run.optimizer, OPTIMIZERS),
+        ("lr_schedule", run.lr_schedule, SCHEDULES),
+    ):
+        if value not in known:
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
     if run.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1, got {run.max_steps}")
     if run.push_to_hub and not run.hub_model_id:

@@ -1,4 +1,4 @@
-"""From arguments to parts: data, model, criterion, teacher, memory bank."""
+"""From arguments to parts: data, model, criterion, teacher, memory bank, optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.image_utils import SizeDict
 
 from sim_hf.criteria.build import build_criterion
@@ -19,6 +21,7 @@ from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.models.architectures import InstanceSegmenter, architecture_of, architecture_of_preset, preset_processor
 from sim_hf.models.sim import SIMImageProcessor, load_backbone_weights
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
+from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.step import TrainingStep
 from sim_hf.training.teacher import EMATeacher, momentum_for_steps
 
@@ -165,3 +168,26 @@ def build_step(
         strong_augmentation=supervision.strong_augmentation,
         seed=run.seed,
     )
+
+
+def build_optimization(
+    network: nn.Module, run: RunArguments, *, restart_step: int | None = None
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimiser and learning rate schedule of a run. restart_step: see `build_scheduler`."""
+    optimizer = build_optimizer(
+        network,
+        optimizer=run.optimizer,
+        learning_rate=run.learning_rate,
+        backbone_lr_multiplier=run.backbone_lr_multiplier,
+        weight_decay=run.weight_decay,
+        momentum=run.momentum,
+    )
+    scheduler = build_scheduler(
+        optimizer,
+        schedule=run.lr_schedule,
+        warmup_steps=steps_of(run.lr_warmup, run.max_steps),
+        max_steps=run.max_steps,
+        lr_steps=[steps_of(length, run.max_steps) for length in run.lr_steps],
+        restart_step=restart_step,
+    )
+    return optimizer, scheduler

@@ -39,7 +39,12 @@ from sim_hf.training.teacher import EMATeacher
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = "training_state"
-_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+_OPTIMIZERS = {
+    OptimizerNames.ADAMW_TORCH: "adamw",
+    OptimizerNames.ADAMW_TORCH_FUSED: "adamw",
+    OptimizerNames.SGD: "sgd",
+}
+_OPTIMIZER_OPTIONS = ("betas", "eps", "momentum", "dampening", "nesterov")  # of `args` and `args.optim_args`
 
 
 class SIMTrainer(PushesWithCard):
@@ -216,17 +221,20 @@ class SIMTrainer(PushesWithCard):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW gets the groups of the Accelerate loop (slower backbone); other optimisers are the stock Trainer's."""
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim not in _ADAMW:
+        """AdamW and SGD get the groups of the Accelerate loop (slower backbone); other optimisers are the stock Trainer's."""
+        optimizer = _OPTIMIZERS.get(OptimizerNames(self.args.optim))
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or optimizer is None:
             return super().create_optimizer(model)
         self.optimizer = build_optimizer(
             self.student if model is None else model,
+            optimizer=optimizer,
             learning_rate=self.args.learning_rate,
             backbone_lr_multiplier=self.backbone_lr_multiplier,
             weight_decay=self.args.weight_decay,
         )
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, self.student)
         for group in self.optimizer.param_groups:
-            group |= {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+            group |= {name: options[name] for name in _OPTIMIZER_OPTIONS if name in options}
         return self.optimizer
 
     # ---- evaluation ----

@@ -1,20 +1,35 @@
-"""AdamW with a slower backbone, and the learning rate schedules."""
+"""The optimisers, with a slower backbone, and the learning rate schedules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "poly", "constant", "step")
+STEP_FACTOR = 0.1  # of the learning rate at each of the steps of "step"
 _UNDECAYED_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, backbone_lr_multiplier: float, weight_decay: float
-) -> torch.optim.AdamW:
+    model: nn.Module,
+    *,
+    optimizer: str = "adamw",
+    learning_rate: float,
+    backbone_lr_multiplier: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
     """Mask2Former's recipe: no decay on norms, biases and embeddings, a smaller rate for the backbone. With a multiplier of 0
-    the backbone is frozen: its parameters no longer require gradients, whose time and memory are saved."""
+    the backbone is frozen: its parameters no longer require gradients, whose time and memory are saved.
+
+    optimizer: one of `OPTIMIZERS`. momentum: of SGD; AdamW has its own.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     undecayed = {
         id(parameter)
         for module in model.modules()
@@ -36,9 +51,11 @@ def build_optimizer(
         }
         for (in_backbone, is_undecayed), parameters in groups.items()
     ]
-    optimizer = torch.optim.AdamW(settings, lr=learning_rate, fused=True)
-    make_skips_visible(optimizer)
-    return optimizer
+    if optimizer == "sgd":
+        return torch.optim.SGD(settings, lr=learning_rate, momentum=momentum)
+    adamw = torch.optim.AdamW(settings, lr=learning_rate, fused=True)
+    make_skips_visible(adamw)
+    return adamw
 
 
 def make_skips_visible(optimizer: torch.optim.Optimizer) -> None:
@@ -48,17 +65,27 @@ def make_skips_visible(optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, *, schedule: str, warmup_steps: int, max_steps: int, restart_step: int | None = None
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: str,
+    warmup_steps: int,
+    max_steps: int,
+    lr_steps: Sequence[int] = (),
+    restart_step: int | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to 1 % or polynomial (power 0.9) decay, or constant. With `restart_step` the same once more
-    from that step on: the first part ends where a run of its length would."""
-    shapes = {
-        "cosine": lambda progress: 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2,
-        "poly": lambda progress: (1 - progress) ** 0.9,
-        "constant": lambda progress: 1.0,
-    }
-    if schedule not in shapes:
-        raise ValueError(f"--lr_schedule must be one of {', '.join(shapes)}, got {schedule!r}")
+    """Linear warm-up, then one of `SCHEDULES`: cosine to 1 %, polynomial decay (power 0.9), constant, or times `STEP_FACTOR` at
+    each of `lr_steps`. With `restart_step` the same once more from that step on: the first part ends where a run of its length
+    would."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--lr_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+    def shape(step: int, length: int) -> float:
+        if schedule == "step":  # steps are counted from the start, warm-up included
+            return STEP_FACTOR ** sum(step >= lr_step * length / max_steps for lr_step in lr_steps)
+        progress = min(1.0, (step - warmup_steps) / max(1, length - warmup_steps))
+        if schedule == "cosine":
+            return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+        return (1 - progress) ** 0.9 if schedule == "poly" else 1.0
 
     def factor(step: int) -> float:
         length = max_steps
@@ -68,6 +95,6 @@ def build_scheduler(
             step, length = step - restart_step, max_steps - restart_step
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return shapes[schedule](min(1.0, (step - warmup_steps) / max(1, length - warmup_steps)))
+        return shape(step, length)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

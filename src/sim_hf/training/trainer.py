@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,12 +24,11 @@ from sim_hf.processes import leave_process_group
 from sim_hf.promptable_segmenter import PromptableSegmenter
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
-from sim_hf.training.assembly import build_data, build_model, build_step
+from sim_hf.training.assembly import build_data, build_model, build_optimization, build_step
 from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.interruption import EXIT_CODE, StopRequest
 from sim_hf.training.loaders import MicroBatches
 from sim_hf.training.named_writes import naming
-from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.out_of_memory import explained
 from sim_hf.training.periodic import evaluate_and_draw, export_model
 from sim_hf.training.resume import Resumer
@@ -86,20 +86,8 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.to(self.accelerator.device)
         self.step = build_step(model, self.processor, self.supervision, run).to(self.accelerator.device)
-        self.optimizer = build_optimizer(
-            model,
-            learning_rate=run.learning_rate,
-            backbone_lr_multiplier=run.backbone_lr_multiplier,
-            weight_decay=run.weight_decay,
-        )
         self.second_phase_step = self._second_phase_step()
-        self.scheduler = build_scheduler(
-            self.optimizer,
-            schedule=run.lr_schedule,
-            warmup_steps=steps_of(run.lr_warmup, run.max_steps),
-            max_steps=run.max_steps,
-            restart_step=self.second_phase_step,
-        )
+        self.optimizer, self.scheduler = build_optimization(model, run, restart_step=self.second_phase_step)
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.batches = MicroBatches(
             self.data,
@@ -244,7 +232,7 @@ class Trainer:
             values = torch.stack([loss.detach().float() for loss in output.losses.values()]).tolist()  # one wait for a GPU
             for name, value in zip(output.losses, values, strict=True):
                 sums[name] = sums.get(name, 0.0) + value
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm or math.inf)
         gradient_norm = float(whole(cast(torch.Tensor, norm)))  # accelerate's None is for DeepSpeed engines
         losses = sum_over_ranks(sums, self.accelerator)
         record = {"loss": sum(losses.values()), **losses, "gradient_norm": gradient_norm}

@@ -24,6 +24,7 @@ from sim_hf.hub.run_facts import (
     machine_text,
     shareable_command,
 )
+from sim_hf.models.architectures import ARCHITECTURES
 
 _HUB_SOURCE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@")
 _MEASURED = re.compile(r"eval_(?:\w+_)?((?:segm|bbox)/\w+)")
@@ -108,6 +109,7 @@ def card_of_trainer(
     card = write_model_card(
         repo_id,
         facts,
+        architecture=ARCHITECTURES[model.config.model_type].title,
         classes=[name for _, name in sorted(names_of(model).items())],
         num_parameters=model.num_parameters(),
         license=license or "unknown",
