@@ -12,6 +12,8 @@ from transformers import ResNetConfig, SwinConfig
 
 from sim_hf.data import DetectionCollator
 from sim_hf.data.collator import denormalize
+from sim_hf.models.architectures import InstanceSegmenter
+from sim_hf.models.condinst import CondInstConfig, CondInstForInstanceSegmentation
 from sim_hf.models.sim import SIMConfig, SIMForInstanceSegmentation, SIMImageProcessor
 from sim_hf.structures import InstanceTargets
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments
@@ -64,6 +66,26 @@ def tiny_model(backbone: str = "resnet", *, seed: int = 0, contrast: float = 100
     return model
 
 
+def tiny_condinst(*, seed: int = 0, **overrides) -> CondInstForInstanceSegmentation:
+    """The other architecture, as small, for the same images; BatchNorm is frozen too."""
+    fields = {
+        "feature_size": 32,
+        "num_tower_layers": 1,
+        "mask_feature_size": 16,
+        "num_mask_layers": 1,
+        "sizes_of_interest": [16, 32, 64, 128, 256],
+        "id2label": dict(enumerate(NAMES)),
+        "label2id": {name: label for label, name in enumerate(NAMES)},
+        **overrides,
+    }
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES[1:]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CondInstForInstanceSegmentation(CondInstConfig(backbone_config=backbone, **fields))
+
+
 def tiny_processor() -> SIMImageProcessor:
     return SIMImageProcessor(size={"longest_edge": SIZE})
 
@@ -71,6 +93,13 @@ def tiny_processor() -> SIMImageProcessor:
 def save_tiny_model(folder: Path, backbone: str = "resnet", **overrides) -> Path:
     """A model folder for `--model`."""
     tiny_model(backbone, **overrides).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def save_tiny_condinst(folder: Path, **overrides) -> Path:
+    """The same of the other architecture."""
+    tiny_condinst(**overrides).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
 
@@ -162,7 +191,7 @@ def split_batch(batch: dict, size: int) -> list[dict]:
     return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, count, size)]
 
 
-def make_step(model: SIMForInstanceSegmentation, supervision: str = "sim", *, max_steps: int = 8, **options) -> TrainingStep:
+def make_step(model: InstanceSegmenter, supervision: str = "sim", *, max_steps: int = 8, **options) -> TrainingStep:
     """The training step of `model`; SIM's pseudo masks and pasting from the first step on unless `options` say otherwise."""
     options = {"pseudo_start": 0, "paste_probability": 0.7, "num_prototypes": 3, **options}
     step = build_step(

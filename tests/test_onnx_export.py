@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from factories import save_tiny_model, tiny_model
+from factories import save_tiny_condinst, save_tiny_model, tiny_model
 from sim_hf.cli import main
 from sim_hf.models.sim import SIMForInstanceSegmentation
 from sim_hf.onnx_export import OUTPUTS, export_program
@@ -63,6 +63,14 @@ def test_a_size_that_the_strides_do_not_divide_is_refused():
 def test_a_network_of_windows_needs_a_size():
     with pytest.raises(ValueError, match="give the size"):
         export_program(tiny_model("swin"))
+
+
+def test_a_network_whose_outputs_have_no_known_size_is_refused_with_the_reason(tmp_path, capsys):
+    model = save_tiny_condinst(tmp_path / "model")
+    assert main(["export", str(model), "--output", str(tmp_path / "model.onnx")]) == 2
+    message = capsys.readouterr().err
+    assert "CondInstForInstanceSegmentation cannot be exported: how many instances it finds depends on the picture" in message
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @pytest.mark.e2e

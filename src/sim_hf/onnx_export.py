@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sim_hf.models.sim import SIMForInstanceSegmentation
+from sim_hf.models.architectures import ARCHITECTURES, InstanceSegmenter
 
 INPUTS = ("pixel_values", "pixel_mask")
 OUTPUTS = ("class_queries_logits", "masks_queries_logits")
@@ -27,7 +27,7 @@ _OF_ONE_SIZE = ("swin", "swinv2", "dinov2", "dinov2_with_registers")  # what the
 
 
 class _PlainOutputs(nn.Module):
-    def __init__(self, model: SIMForInstanceSegmentation) -> None:
+    def __init__(self, model: InstanceSegmenter) -> None:
         super().__init__()
         self.model = model
 
@@ -36,8 +36,11 @@ class _PlainOutputs(nn.Module):
         return tuple(outputs[name] for name in OUTPUTS)
 
 
-def export_program(model: SIMForInstanceSegmentation, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
+def export_program(model: InstanceSegmenter, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
     """The network as torch.export's program, for any number of images. size: (height, width) of its inputs, None: any."""
+    reason = ARCHITECTURES[model.config.model_type].not_exported
+    if reason:
+        raise ValueError(f"{type(model).__name__} cannot be exported: {reason}")
     height, width = size or (64, 96)
     if height % _STRIDE or width % _STRIDE:
         raise ValueError(f"height and width must be multiples of {_STRIDE}, got {height} x {width}")
@@ -59,7 +62,7 @@ def export_program(model: SIMForInstanceSegmentation, size: tuple[int, int] | No
         )
 
 
-def export_onnx(model: SIMForInstanceSegmentation, path: str | Path, size: tuple[int, int] | None = None) -> None:
+def export_onnx(model: InstanceSegmenter, path: str | Path, size: tuple[int, int] | None = None) -> None:
     """Write the network as one .onnx file. size: see `export_program`. Needs the extra `onnx`."""
     was_training = model.training
     try:

@@ -1,5 +1,7 @@
 """A Hub on loopback for the tests of this folder, and a client that knows no other."""
 
+import os
+
 import datasets
 import huggingface_hub
 import pytest
@@ -47,6 +49,13 @@ def hub(tmp_path, monkeypatch):
         huggingface_hub.close_session()
         yield server
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    """Of a user's process: the Hub's address and a token."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return environment | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer"}
 
 
 @pytest.fixture(scope="session")

@@ -59,23 +59,23 @@ def test_the_card_names_no_path_of_the_machine(card, run, shapes):
 
 def test_a_run_with_masks_does_not_say_boxes_only():
     for facts in (RunFacts(supervision="full", used_masks=True), RunFacts(supervision="sim", used_masks=True)):
-        card = str(write_model_card("ann/a", facts, classes=["x"], num_parameters=1))
+        card = str(write_model_card("ann/a", facts, architecture="Mask2Former", classes=["x"], num_parameters=1))
         assert "Real masks were used" in card and "Boxes only" not in card and "box-supervised" not in card
-    nothing_known = str(write_model_card("ann/a", RunFacts(), classes=["x"], num_parameters=1))
+    nothing_known = str(write_model_card("ann/a", RunFacts(), architecture="Mask2Former", classes=["x"], num_parameters=1))
     assert "Boxes only" not in nothing_known and "Real masks" not in nothing_known and "model-index" not in nothing_known
     check_model_card(nothing_known)
 
 
 def test_data_and_models_of_the_hub_are_linked():
     facts = RunFacts(supervision="sim", train=[DataFacts("ann/boxes, train", "ann/boxes")], base_model="bob/start")
-    data = write_model_card("ann/a", facts, classes=["x"], num_parameters=1, license="mit").data
+    data = write_model_card("ann/a", facts, architecture="Mask2Former", classes=["x"], num_parameters=1, license="mit").data
     assert data.datasets == ["ann/boxes"] and data.base_model == "bob/start"
 
 
 def test_class_names_cannot_write_the_card():
     facts = RunFacts(supervision="sim", metrics={"segm/AP": 0.5})
     evil = ["a\n---\nlicense: mit", "<script>", "| x |", "[link](http://x)", "{{ facts }}"]
-    card = write_model_card("ann/a", facts, classes=evil, num_parameters=1)
+    card = write_model_card("ann/a", facts, architecture="Mask2Former", classes=evil, num_parameters=1)
     assert card.data.license == "unknown" and "<script>" not in str(card).replace("\\<script\\>", "")
     assert "\nlicense: mit" not in card.text and "RunFacts" not in card.text
     check_model_card(str(card))

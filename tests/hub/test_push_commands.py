@@ -1,7 +1,6 @@
 """The commands, as a user gives them."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -107,7 +106,7 @@ def test_push_with_code_takes_the_files_of_the_model_along_and_no_others(hub, ru
 
 
 @pytest.mark.e2e
-def test_the_code_on_the_hub_works_where_only_transformers_is(hub, run, shapes, tmp_path):
+def test_the_code_on_the_hub_works_where_only_transformers_is(hub, run, shapes, environment, tmp_path):
     main(["push", str(run), "ann/shapes", "--with-code", "--private"])
     local = SIMForInstanceSegmentation.from_pretrained(run / "model")
     picture = next((shapes / "images").iterdir())
@@ -128,22 +127,15 @@ with torch.no_grad():
     outputs = model(inputs["pixel_values"], inputs["pixel_mask"])
 torch.save([outputs.class_queries_logits, outputs.masks_queries_logits], {str(tmp_path / "out.pt")!r})
 """
-    done = subprocess.run([sys.executable, "-c", program], env=user(hub, tmp_path), capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert torch.equal(found[0], expected.class_queries_logits) and torch.equal(found[1], expected.masks_queries_logits)
 
 
-def user(hub, tmp_path):
-    """The environment of a user with the Hub's address and a token."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return environment | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer"}
-
-
 @pytest.mark.e2e
-def test_a_new_process_pushes_and_another_predicts_from_the_hub(hub, run, shapes, tmp_path):
+def test_a_new_process_pushes_and_another_predicts_from_the_hub(hub, run, shapes, environment, tmp_path):
     """Environment variables only, as on a user's machine."""
-    environment = user(hub, tmp_path)
     command = [sys.executable, "-m", "sim_hf"]
     picture = next((shapes / "images").iterdir())
     for arguments in (

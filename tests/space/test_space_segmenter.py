@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 
 from boxes import NamedBox, parse_boxes
 from example_pictures import FOLDER, examples, render
+from factories import save_tiny_condinst
 from segmenter import Segmenter, load_segmenter
 from sim_hf.data import decode_segmentation, render_scene
 from uploads import read_upload
@@ -110,6 +111,18 @@ def test_thin_pictures_are_pictures(segmenter, tmp_path, size):
     segmenter.find(upload).drawn()
     (annotation,) = segmenter.fill(upload, [NamedBox(0, 0, *map(float, size))]).annotations
     assert annotation["segmentation"]["size"] == [size[1], size[0]]
+
+
+def test_a_model_of_the_other_architecture_finds_and_fills(monkeypatch, tmp_path):
+    model = save_tiny_condinst(tmp_path, score_threshold=0.0, category_ids=[3, 8])
+    monkeypatch.setenv("SIM_MODEL", str(model))
+    segmenter, upload = load_segmenter(), read_upload(FOLDER / "birds.jpg")
+    assert type(segmenter.model).__name__ == "CondInstForInstanceSegmentation"
+    assert segmenter.find(upload).drawn().size == (640, 640 * upload.picture.height // upload.picture.width)
+    found = segmenter.fill(upload, [NamedBox(100, 38, 460, 397, "ellipse"), NamedBox(10, 10, 90, 90)])
+    y, x = np.nonzero(decode_segmentation(found.annotations[0]["segmentation"], *upload.size))
+    assert x.min() >= 100 and x.max() < 460 and y.min() >= 38 and y.max() < 397
+    assert [annotation["category_id"] for annotation in found.annotations] == [3, 9]
 
 
 def test_a_model_that_is_not_there_is_an_error_that_names_it(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sim_hf.models.sim import SIMForInstanceSegmentation
+from sim_hf.models.architectures import load_model
 from sim_hf.onnx_export import export_onnx
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the inputs (default: any; Swin needs one)",
     )
     options = parser.parse_args(argv)
-    model = SIMForInstanceSegmentation.from_pretrained(options.model, dtype=torch.float32)
+    model = load_model(options.model, dtype=torch.float32)
     export_onnx(model, options.output, options.size and tuple(options.size))
     print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
     return 0

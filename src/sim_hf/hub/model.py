@@ -107,6 +107,7 @@ def _written_card(
     card = write_model_card(
         repo_id,
         facts,
+        architecture=architecture_of(found.model).title,
         classes=[name for _, name in sorted(names_of(model).items())],
         num_parameters=model.num_parameters(),
         license=license or "unknown",

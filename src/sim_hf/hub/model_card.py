@@ -13,7 +13,7 @@ from sim_hf.hub.run_facts import RunFacts
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TASK = "image-segmentation"
 METRIC = "mean_average_precision"
-TAGS = ("instance-segmentation", "mask2former", "sim")
+TAGS = ("instance-segmentation", "sim")
 INDEXED = {"segm/AP": "mask AP", "segm/AP50": "mask AP50", "segm/AP75": "mask AP75", "bbox/AP": "box AP", "bbox/AP50": "box AP50"}
 MEANINGS = {
     "fill": "share of its box that a mask covers; 0.4 to 0.7 is healthy, 1 would be filled boxes",
@@ -28,6 +28,7 @@ def write_model_card(
     repo_id: str,
     facts: RunFacts,
     *,
+    architecture: str,
     classes: Sequence[str],
     num_parameters: int,
     license: str = "unknown",
@@ -36,15 +37,15 @@ def write_model_card(
     picture_text: str = "",
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of the model in `repo_id`. license: an identifier of the Hub ("apache-2.0", "cc-by-nc-4.0", "other", ...).
-    picture: its path in the repository."""
+    """The card of the model in `repo_id`. architecture: its title. license: an identifier of the Hub ("apache-2.0",
+    "cc-by-nc-4.0", "other", ...). picture: its path in the repository."""
     name = repo_id.rpartition("/")[2]
     boxes_only = facts.supervision is not None and not facts.used_masks
     data = ModelCardData(
         license=license,
         library_name="transformers" if with_code else "sim_hf",
         pipeline_tag=TASK,
-        tags=list(dict.fromkeys([*TAGS, *(["box-supervised"] if boxes_only else []), *tags])),
+        tags=list(dict.fromkeys([*TAGS, architecture.lower(), *(["box-supervised"] if boxes_only else []), *tags])),
         datasets=list(dict.fromkeys(data.hub_id for data in facts.train if data.hub_id)) or None,
         base_model=facts.base_model,
         metrics=[METRIC] if facts.metrics else None,
@@ -57,6 +58,7 @@ def write_model_card(
         name=name,
         repo_id=repo_id,
         facts=facts,
+        architecture=architecture,
         classes=[_plain(text) for text in classes],
         millions=num_parameters / 1e6,
         with_code=with_code,

@@ -24,26 +24,36 @@ InstanceSegmenter = sim.SIMForInstanceSegmentation | condinst.CondInstForInstanc
 
 @dataclass(frozen=True)
 class Architecture:
-    """preset_sizes: of the images, by the name of the preset. load_for_classes: a checkpoint for other classes. save_with_code: a
-    folder for people who have only transformers."""
+    """title: what it is called. preset_sizes: of the images, by the name of the preset. load_for_classes: a checkpoint for other
+    classes. save_with_code: a folder for people who have only transformers. not_exported: why there is no ONNX file of the
+    network, where that is so."""
 
+    title: str
     config: Any
     model: Any
     preset_sizes: Mapping[str, Mapping[str, int]]
     load_for_classes: Callable[..., tuple[Any, ClassTransferReport]]
     save_with_code: Callable[..., None]
+    not_exported: str | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "sim": Architecture(
-        sim.SIMConfig, sim.SIMForInstanceSegmentation, SIM_SIZES, sim.load_pretrained_for_classes, sim.save_with_code
+        "Mask2Former",
+        sim.SIMConfig,
+        sim.SIMForInstanceSegmentation,
+        SIM_SIZES,
+        sim.load_pretrained_for_classes,
+        sim.save_with_code,
     ),
     "condinst": Architecture(
+        "CondInst",
         condinst.CondInstConfig,
         condinst.CondInstForInstanceSegmentation,
         condinst.PRESET_SIZES,
         load_condinst_for_classes,
         save_condinst_with_code,
+        not_exported="how many instances it finds depends on the picture, and an exported network has outputs of a known size",
     ),
 }
 PRESETS: tuple[str, ...] = tuple(name for architecture in ARCHITECTURES.values() for name in architecture.preset_sizes)
