@@ -166,6 +166,23 @@ def test_deformable_convolutions_begin_as_plain_ones():
         torch.testing.assert_close(deformable(images).class_logits, plain(images).class_logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_deformable_convolutions_work_in_bfloat16(how):
+    """torchvision has none of that type on a CPU."""
+    torch.manual_seed(0)
+    model, images = small_model(deformable=True).train(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images, output_auxiliary_logits=True).class_logits
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = model(images, output_auxiliary_logits=True).class_logits
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    found.float().sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if ".offset." in name]
+    assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("condinst")])
 def test_every_preset_is_a_network(name):
     config = architecture_of_preset(name).config.from_preset(name, id2label={0: "a"})

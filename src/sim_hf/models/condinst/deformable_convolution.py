@@ -36,16 +36,19 @@ class DeformableConv2d(nn.Conv2d):
         offsets_x2, modulation = self.offset(input).split([2 * self.num_taps, self.num_taps], dim=1)
         # Twice the sigmoid, where the paper has once: 1 at first, so that pretrained weights mean what they meant.
         modulation = 2 * modulation.sigmoid()
-        return deform_conv2d(
-            input.contiguous(),
-            offsets_x2.contiguous(),
-            self.weight,
-            self.bias,
+        # In float32, as torchvision's autocast has it on a GPU: its kernels know no bfloat16.
+        image, offsets, weight, mask = (x.float().contiguous() for x in (input, offsets_x2, self.weight, modulation))
+        output = deform_conv2d(
+            image,
+            offsets,
+            weight,
+            None if self.bias is None else self.bias.float(),
             stride=_pair(self.stride),
             padding=_pair(self.padding),
             dilation=_pair(self.dilation),
-            mask=modulation.contiguous(),
+            mask=mask,
         )
+        return output.to(input.dtype)
 
     @property
     def num_taps(self) -> int:
