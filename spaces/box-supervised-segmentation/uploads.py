@@ -30,6 +30,7 @@ WORKING_SIDE = 1600
 MAX_UPLOAD_BYTES = 10 * 2**20
 _MAX_UPLOAD_BODY = 14 * 2**20  # the form around the file; or the file as base64, which MCP clients send
 _MAX_BODY = 2**20
+_CLOSED = ("/process_recording",)  # gradio would run ffmpeg on what a stranger sends, in no queue; no button here leads there
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]{0,99}")
 
@@ -117,7 +118,7 @@ def uploaded_path(payload: Any) -> str | None:
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a request whose body is longer than its route has use for, declared or not."""
+    """ASGI middleware: 413 for a request whose body is longer than its route has use for, declared or not; 404 for a closed one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -127,6 +128,9 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         path: str = scope["path"].rstrip("/")
+        if path.endswith(_CLOSED):
+            await PlainTextResponse("not found", status_code=404)(scope, receive, send)
+            return
         limit = _MAX_UPLOAD_BODY if path.endswith("/upload") or "/mcp" in path else _MAX_BODY
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:

@@ -3,14 +3,24 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from mutation import mutated
-from targets import SEEDS, TARGETS
+from targets import SEEDS, SPACE_TARGETS, TARGETS, ready
 
 FOUND = {
     # Errors of other types than a command turns into one line.
     "config that is no mapping where one belongs": ("config", b'{"model_type": "sim", "backbone_config": true}'),
     "config with a truth value for names": ("config", b'{"model_type": "sim", "id2label": true}'),
     "config that is a list": ("config", b"[1]"),
+    "config that is a number": ("config", b"2"),
     "manifest that is written another way": ("checkpoint", b"{ }"),
+    "options by a truth value": ("options", b"no: 1\nlearning_rates: 2"),
+    "options in a list": ("options", b"[max_steps]"),
+    "options in a text": ("options", b"max_steps"),
+    "options that are nested without end": ("options", b"[" * 2000),
+    "weights without a header": ("weights", b""),
+    "weights whose places leave a hole": (
+        "weights",
+        SEEDS["weights"][0].replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1),
+    ),
 }
 
 
@@ -19,11 +29,13 @@ def test_what_was_found_is_mended(target, data):
     TARGETS[target](data)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", [*TARGETS, *(pytest.param(name, marks=pytest.mark.e2e) for name in SPACE_TARGETS)])
 def test_a_few_mutations(name):
-    @settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(mutated(SEEDS[name]))
-    def target(data):
-        TARGETS[name](data)
+    with ready(name) as target:
 
-    target()
+        @settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(mutated(SEEDS[name]))
+        def attack(data):
+            target(data)
+
+        attack()

@@ -179,6 +179,25 @@ def test_classes_of_equal_name_keep_their_weights(small_model, tmp_path):
     assert again(torch.randn(1, 3, 64, 64)).class_queries_logits.shape == (1, 7, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{"),
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", b"[]"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 3}}'),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../model.safetensors"}}'),
+    ],
+)
+def test_a_damaged_folder_of_weights_is_an_error_in_words(small_model, tmp_path, name, content):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        load_backbone_weights(small_model(), folder)
+
+
 def test_an_incomplete_or_broken_checkpoint_is_refused(small_model, tmp_path):
     small_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -55,6 +55,15 @@ def test_weights_that_are_left_over_are_named(change_weights):
         SIMForInstanceSegmentation.from_pretrained(folder)
 
 
+def test_weights_that_were_cut_off_are_an_error_in_words(small_model, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    for end in (-100, 100, 0):
+        file.write_bytes(file.read_bytes()[:end])
+        with pytest.raises(ValueError, match=f"{tmp_path}: the weights are damaged"):
+            SIMForInstanceSegmentation.from_pretrained(tmp_path)
+
+
 def test_misshapen_weights_are_named_with_both_shapes(change_weights):
     folder = change_weights(lambda tensors: tensors.update({QUERIES: torch.zeros(9, 32)}))
     with pytest.raises(ValueError, match=rf"misshapen: {QUERIES} \(9, 32\) instead of \(7, 32\) \(1\)"):

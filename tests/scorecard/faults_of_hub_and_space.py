@@ -21,7 +21,7 @@ FAULTS = (
         says="`… is damaged`, or that no safetensors file is there",
         then="take a model in safetensors",
         tests=(
-            "training/test_checkpoint.py::test_pickle_in_place_of_a_state_file_is_refused_and_not_run",
+            "training/test_state_files.py::test_pickle_in_place_of_a_state_file_is_refused_and_not_run",
             "models/test_backbone_weights.py::test_pickles_and_unknown_sources_are_refused",
             "space/test_space_segmenter.py::test_pickled_weights_are_not_loaded",
             "hub/test_round_trip.py::test_a_run_is_pushed_in_one_commit_and_only_what_is_on_the_list",
@@ -101,6 +101,7 @@ FAULTS = (
         tests=(
             SERVER + "test_long_bodies_are_refused_declared_or_not",
             SERVER + "test_a_flood_meets_a_bounded_queue_and_the_space_recovers",
+            SERVER + "test_recordings_of_strangers_are_not_processed",
             UPLOADS + "test_longer_bodies_are_refused_whether_they_say_so_or_not",
             "space/test_space_patience.py::test_35_clients_that_hang_up_and_slow_ones_stop_nobody",
             "space/test_space_patience.py::test_35_old_uploads_are_deleted",

@@ -248,6 +248,13 @@ def test_monitoring_and_unknown_endpoints_are_closed(server):
     assert httpx.post(f"{server.url}/gradio_api/call/nothing", json={"data": [None, 0.5]}, timeout=PATIENCE).status_code >= 400
 
 
+def test_recordings_of_strangers_are_not_processed(server):
+    """gradio would keep the file and run ffmpeg on it, outside the queue."""
+    files = {"video": ("a.mp4", b"not a video")}
+    for address in ("gradio_api/process_recording", "gradio_api/process_recording/", "gradio_api//process_recording"):
+        assert httpx.post(f"{server.url}/{address}", files=files, timeout=PATIENCE).status_code == 404
+
+
 def test_what_the_picture_says_of_its_owner_does_not_come_out(client, tmp_path):
     exif = Image.Exif()
     exif[0x010E] = "taken at home"

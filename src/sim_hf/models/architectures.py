@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from sim_hf.models import condinst, sim
 from sim_hf.models.condinst.class_transfer import load_pretrained_for_classes as load_condinst_for_classes
 from sim_hf.models.condinst.remote_code import save_with_code as save_condinst_with_code
@@ -61,8 +59,8 @@ PRESETS: tuple[str, ...] = tuple(name for architecture in ARCHITECTURES.values()
 
 def architecture_of(source: str | Path, **hub_options: Any) -> Architecture:
     """Of a folder or a Hub id, by its config.json. What is none of ours is taken for a Mask2Former: SIM loads or refuses it."""
-    fields, _ = transformers.PreTrainedConfig.get_config_dict(source, **hub_options)
-    return ARCHITECTURES.get(fields.get("model_type", ""), ARCHITECTURES["sim"])
+    fields, _ = sim.SIMConfig.get_config_dict(source, **hub_options)
+    return ARCHITECTURES.get(str(fields.get("model_type")), ARCHITECTURES["sim"])
 
 
 def architecture_of_preset(name: str) -> Architecture:

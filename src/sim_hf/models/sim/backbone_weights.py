@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -151,7 +152,7 @@ def _read(source: str | Path) -> dict[str, Tensor]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"{source} is not a .safetensors file; pickled weights can run code and are not read")
-        return load_file(path)
+        return _read_file(path)
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1:
             raise ValueError(f"{source} is no file, no folder and no Hub id (owner/name)")
@@ -161,11 +162,28 @@ def _read(source: str | Path) -> dict[str, Tensor]:
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
+        return _read_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        return {name: tensor for file in _indexed(index) for name, tensor in _read_file(folder / file).items()}
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     hint = f"; pickled weights can run code and are not read ({', '.join(pickles)})" if pickles else ""
     raise ValueError(f"{folder} has no model.safetensors{hint}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files over which the tensors are spread; they lie beside the index."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(file == Path(file).name for file in files):
+            raise ValueError("weight_map names files outside the folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error})") from error
+    return sorted(files)

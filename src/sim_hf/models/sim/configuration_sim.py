@@ -51,7 +51,10 @@ class SIMConfig(Mask2FormerConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> tuple[dict, dict]:
-        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError) as error:  # transformers takes for granted what the next lines make sure of
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no configuration ({error})") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{pretrained_model_name_or_path}: config.json holds a {type(fields).__name__} and not an object")
         # A stock Mask2Former checkpoint is one of ours; transformers would warn of the other name.

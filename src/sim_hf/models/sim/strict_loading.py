@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 _SHOWN = 8
@@ -26,7 +27,7 @@ class LoadsCompletely:
         **kwargs: Any,
     ) -> Any:
         """transformers' `from_pretrained`, strictly: missing, left over, misshapen or non-finite tensors are a ValueError that
-        lists their names.
+        lists their names, and a file that is cut off is a ValueError, too.
 
         A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a checkpoint; SIM also takes stock Mask2Former ones.
         ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
@@ -36,9 +37,12 @@ class LoadsCompletely:
         kwargs.setdefault("use_safetensors", True)
         if ignore_mismatched_sizes:
             reinitialize = (*reinitialize, _CLASS_HEAD)
-        loaded: Any = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  # of the model behind it
-            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
+        try:
+            loaded: Any = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  # of the model behind it
+                pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights are damaged ({error})") from error
         model, info = loaded
         require_complete(str(pretrained_model_name_or_path), model, info, reinitialize=reinitialize)
         return (model, info) if output_loading_info else model
