@@ -65,7 +65,7 @@ def look(step: TrainingStep, rows, processor, limit: int) -> list[Seen]:
             continue
         stages.clear()
         outputs = step.teacher(**inputs.network_inputs(inputs.student_prompts_BP4))
-        positives = step.criterion._teacher_positives(outputs, targets, 0)
+        positives = step.criterion.teacher_positives(outputs, targets, global_step=0)
         size = tuple(positives.mask_logits_NHW.shape[-2:])
         stride = targets.input_size[0] / size[0]
         weights_N = positive_mask_weights(

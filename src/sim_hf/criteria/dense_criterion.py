@@ -110,6 +110,11 @@ class DenseCriterion(nn.Module):
             output.positives = _best_of_each(students[0], len(targets))
         return output
 
+    @torch.no_grad()
+    def teacher_positives(self, output, targets: InstanceTargets, *, global_step: int) -> MaskPredictions:
+        """The positives that positive mask weighting weighs, with the boxes that are predicted there."""
+        return _teacher_positives(output, self._assign(targets), targets)
+
     def _assign(self, targets: InstanceTargets) -> DenseAssignment:
         return assign_locations(targets, sizes_of_interest=self.sizes_of_interest)
 

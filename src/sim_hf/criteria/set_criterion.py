@@ -102,7 +102,9 @@ class SetCriterion(nn.Module):
             asked = _asked(prompts, targets)
             chosen = [zip(layers, matched, strict=True), *([zip(prompts, asked, strict=True)] if prompts else [])]
             students = [_positives(of_layer, targets, student_output.mask_features) for of_layer in zip(*chosen, strict=True)]
-            teacher = None if teacher_output is None else self._teacher_positives(teacher_output, targets, global_step)
+            teacher = None
+            if teacher_output is not None:
+                teacher = self.teacher_positives(teacher_output, targets, global_step=global_step)
             output = self.mask_criterion(
                 students,
                 teacher,
@@ -146,7 +148,8 @@ class SetCriterion(nn.Module):
         return self.class_weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, reduction="sum")
 
     @torch.no_grad()
-    def _teacher_positives(self, output, targets: InstanceTargets, global_step: int) -> MaskPredictions:
+    def teacher_positives(self, output, targets: InstanceTargets, *, global_step: int) -> MaskPredictions:
+        """The positives that positive mask weighting weighs; global_step: for the matching cost."""
         layers, prompts = _layers(output, "queries"), _layers(output, "prompts")
         if self.positives != "layers":
             layers, prompts = layers[-1:], prompts[-1:]
