@@ -40,16 +40,17 @@ test: $(INSTALLED)  ## The tests: offline, on the CPU
 e2e: $(INSTALLED)  ## The slow tests: the command line from end to end
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m e2e $(ARGS)
 
-scorecard: $(INSTALLED)  ## Inject the 36 faults; writes docs/reliability.md (ARGS="--fast", "--rows 1 19")
+scorecard: $(INSTALLED)  ## Inject the 36 faults; writes docs/reliability.md (ARGS="--fast", "--slow", "--rows 1 19")
 	OMP_NUM_THREADS=1 $(PYTHON) tests/scorecard $(ARGS)
 
-fuzz: $(INSTALLED)  ## Feed garbage to everything that reads foreign bytes, MINUTES=2 each
+fuzz: $(INSTALLED)  ## Feed garbage to everything that reads foreign bytes, MINUTES=2 each (ARGS=--atheris)
 	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz --minutes $(MINUTES) $(ARGS)
 
-audit: $(INSTALLED)  ## Security rules, pickles, secrets, and known vulnerabilities of the pinned packages (needs a network)
+audit: $(INSTALLED)  ## Security rules, pickles, secrets; known vulnerabilities of the pinned packages where a network is
 	$(PYTHON) -m ruff check --select S --ignore S101 src spaces scripts
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_supply_chain.py
-	$(PYTHON) -m uv tool run pip-audit --requirement requirements.txt --no-deps --disable-pip
+	$(PYTHON) -m uv pip check --python $(PYTHON)
+	$(PYTHON) tests/known_vulnerabilities.py
 
 soak: $(INSTALLED)  ## Train, predict and serve for long with flat memory: about an hour
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m soak -s $(ARGS)

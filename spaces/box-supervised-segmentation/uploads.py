@@ -118,7 +118,7 @@ def uploaded_path(payload: Any) -> str | None:
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a request whose body is longer than its route has use for, declared or not; 404 for a closed one."""
+    """ASGI middleware: 413 for a request whose body is longer than its route has use for, declared or not; 404 for `_CLOSED`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -29,7 +29,8 @@ class RunningSpace:
 
     def __init__(self, server: Server) -> None:
         self.server, self.sent = server, 0
-        self.client = httpx.Client(base_url=f"{server.url}/gradio_api/", timeout=PATIENCE)
+        once = httpx.Limits(max_keepalive_connections=0)  # the server hangs up on a connection that is silent for 5 s
+        self.client = httpx.Client(base_url=f"{server.url}/gradio_api/", timeout=PATIENCE, limits=once)
         self.picture = self.upload(BIRDS).json()[0]
         self.assert_alive()
         self.memory = server.memory("VmRSS")

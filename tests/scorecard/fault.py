@@ -16,7 +16,7 @@ HARM = {
 class Fault:
     """One injected fault. `tests`: pytest node ids, relative to tests/, that inject it and must all pass; `gpu_tests`: those
     that need CUDA and count for themselves. `does`, `says`, `then`: what the program does about it, what the user reads, and
-    what the user can do next. `stock`: the verdict on stock tools that is known from reading them, where none is measured."""
+    what the user can do next."""
 
     number: int
     name: str
@@ -29,7 +29,6 @@ class Fault:
     tests: tuple[str, ...]
     gpu_tests: tuple[str, ...] = ()
     slow: bool = False
-    stock: str = ""
 
     @property
     def title(self) -> str:

@@ -65,7 +65,6 @@ FAULTS = (
             NUMBERS + "test_nothing_depends_on_order_or_names_of_images_and_categories",
             "evaluation/test_coco_backend.py::test_the_fast_backend_gives_the_arrays_of_pycocotools",
         ),
-        stock="pycocotools is what is compared with",
     ),
     Fault(
         13,

@@ -46,7 +46,6 @@ FAULTS = (
             PUSH + "test_a_data_set_whose_upload_breaks_stays_as_it_was",
         ),
         slow=True,
-        stock="transformers' Trainer and `upload_folder` push in several commits, some with optimizer pickles",
     ),
     Fault(
         33,
@@ -87,7 +86,6 @@ FAULTS = (
             UPLOADS + "test_strange_file_names_are_not_repeated",
         ),
         slow=True,
-        stock="gradio's own path guards held for every path tried; its monitoring page is open by default",
     ),
     Fault(
         35,
@@ -107,7 +105,6 @@ FAULTS = (
             "space/test_space_patience.py::test_35_old_uploads_are_deleted",
         ),
         slow=True,
-        stock="gradio's queue is unlimited and uploads stay for ever by default",
     ),
     Fault(
         36,
@@ -126,6 +123,5 @@ FAULTS = (
             "space/test_space_segmenter.py::test_thin_pictures_are_pictures",
             NEW + "test_thin_pictures.py::test_36_thin_pictures_have_masks_of_their_size",
         ),
-        stock="transformers' image-segmentation pipeline flattens overlapping instances into one map",
     ),
 )

@@ -152,7 +152,6 @@ FAULTS = (
             STEP + "test_all_batches_have_the_same_loss_names",
         ),
         slow=True,
-        stock="torch's DDP ends in an error or waits for its timeout (half an hour) when one rank skips a collective call",
     ),
     Fault(
         9,
@@ -169,7 +168,6 @@ FAULTS = (
             "mask_generation/test_memory_bank.py::test_ranks_hold_the_same_bank_also_when_one_staged_nothing",
         ),
         slow=True,
-        stock="torch's DDP overwrites the buffers of all ranks by those of the first",
     ),
     Fault(
         16,
@@ -228,7 +226,6 @@ FAULTS = (
             "mask_generation/test_pseudo_masks.py::test_batch_without_instances",
             NEW + "test_empty_world.py::test_18_hard_batches_train_every_parameter",
         ),
-        stock="detectron2 leaves images without boxes out of training by default",
     ),
     Fault(
         19,
@@ -262,7 +259,6 @@ FAULTS = (
             NEW + "test_half_precision.py::test_25_a_real_scaler_skips_everything",
         ),
         gpu_tests=(NEW + "test_half_precision.py::test_25_fp16_on_cuda",),
-        stock="an EMA that ticks in a callback ticks on skipped steps too",
     ),
     Fault(
         26,
@@ -274,7 +270,6 @@ FAULTS = (
         says="`step N: out of memory … --gradient_accumulation_steps 4 makes the same update from smaller parts`",
         then="`--resume auto --gradient_accumulation_steps 4` (or `--activation_checkpointing`): the same run goes on",
         tests=(NEW + "test_out_of_memory.py",),
-        stock="transformers' Trainer raises and keeps the half step's gradients; detectron2 the same",
     ),
     Fault(
         27,
@@ -305,7 +300,6 @@ FAULTS = (
             "data/test_sampler.py::test_sample_stream_is_the_same_for_0_1_and_2_workers_across_epochs",
             TRAINER + "test_the_number_of_loader_workers_changes_nothing",
         ),
-        stock="torch raises as well; the order is the same, the augmentation is not when it uses the workers' generators",
     ),
     Fault(
         29,

@@ -32,20 +32,27 @@ class Outcome:
 
 
 class Recorder:
-    """Sorts reports by fault; `on_done(outcome)` when the last test of a fault is over."""
+    """Sorts reports by fault; `on_done(outcome)` when the last test of a fault is over. A fault has no outcome when its markers
+    leave out all of its tests."""
 
     def __init__(self, faults: Sequence[Fault], root: str, on_done: Callable[[Outcome], None]) -> None:
         self.root = root
         self.outcomes = [Outcome(fault) for fault in faults]
         self.on_done = on_done
         self.messages: list[str] = []
+        self.left_out: set[str] = set()
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.left_out |= {item.nodeid for item in items}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for outcome in self.outcomes:
             outcome.waiting = {item.nodeid for item in session.items if self._belongs(item.nodeid, outcome.fault)}
-            if missing := [test for test in outcome.fault.tests if not any(self._matches(i, test) for i in outcome.waiting)]:
+            known = outcome.waiting | self.left_out
+            if missing := [test for test in outcome.fault.tests if not any(self._matches(i, test) for i in known)]:
                 outcome.failed += missing
                 self.messages.append(f"{outcome.fault.title}: no such test: {', '.join(missing)}")
+        self.outcomes = [outcome for outcome in self.outcomes if outcome.waiting or outcome.failed]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -13,14 +13,15 @@ from fault import HARM, Fault
 from outcomes import Outcome
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "pycocotools", "pillow", "gradio")
+BY_HAND = "<!-- Written by hand from here on. -->"
 INTRODUCTION = """# Reliability
 
-<!-- Written by `make scorecard`: do not edit. -->
+<!-- Written by `make scorecard`, but for its end: do not edit. -->
 
 {passed} of {total} injected faults were survived when `make scorecard` last injected them{rest}. Each row is one test or more
 that injects the real fault: a SIGKILL at every file operation, a full disk, a rank without objects, a picture that unfolds
-into a gigabyte. The last column says what a stock tool does in the same case: *measured* by the same command with the
-versions below, or *known* from its source.
+into a gigabyte. Most of the tests run with every `make test`; `make scorecard ARGS=--slow` runs the others, as CI does. The
+last column says what a stock tool does in the same case, measured by the same command with the versions below.
 """
 
 
@@ -64,20 +65,19 @@ def _measured(row: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _stock(fault: Fault, stock: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]]) -> str:
-    if fault.number in stock:
-        return f"measured: {stock[fault.number]}"
-    before = rows.get(fault.number, {}).get("stock", "")
-    if before.startswith("measured"):
-        return before
-    return f"known: {fault.stock}" if fault.stock else "not measured"
+    return stock.get(fault.number) or rows.get(fault.number, {}).get("stock", "not measured")
 
 
-def page(record: Mapping[str, Any], faults: Sequence[Fault]) -> str:
+def page(record: Mapping[str, Any], faults: Sequence[Fault], old_page: str = "") -> str:
+    """The page anew; what was written by hand at the end of the old one stays."""
     failed = sum(row["result"] == "FAILED" for row in record["rows"])
     not_run = record["total"] - record["passed"] - failed
     rest = "".join(f", {count} {what}" for count, what in ((failed, "were not"), (not_run, "could not run there")) if count)
     introduction = INTRODUCTION.format(passed=record["passed"], total=record["total"], rest=rest)
-    return "\n".join([introduction, table(record["rows"]), closing(record, faults), details(faults)])
+    _, mark, by_hand = old_page.partition(BY_HAND)
+    return (
+        "\n".join([introduction, table(record["rows"]), closing(record, faults), details(faults), mark + by_hand]).rstrip() + "\n"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

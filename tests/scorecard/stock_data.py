@@ -8,10 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.datasets import CocoDetection
+from transformers import Mask2FormerImageProcessor
+from transformers.utils import ModelOutput
 
 from coco_faults import ALL_FAULTS, sound_document
 from coco_faults.faults import BOX_FAULTS, ID_FAULTS, TEXT_FAULTS
@@ -47,9 +50,11 @@ def turned_photograph(folder: Path) -> str:
     return f"torchvision's CocoDetection gives {picture.size} for a photograph that is annotated as (100, 80)"
 
 
-def _average_precision(ids, scores=(0.9, 0.8), boxes=((10, 20, 30, 40), (50, 10, 20, 30))) -> str:
-    images = [{"id": 1, "width": 100, "height": 80}]
-    truth, categories = [(10, 20, 30, 40), (50, 10, 20, 30)], [{"id": 1, "name": "a"}]
+_TRUTH = ((10, 20, 30, 40), (50, 10, 20, 30))
+
+
+def _average_precision(ids, scores=(0.9, 0.8), boxes=_TRUTH, truth=_TRUTH) -> str:
+    images, categories = [{"id": 1, "width": 100, "height": 80}], [{"id": 1, "name": "a"}]
     annotations = [
         {"id": number, "image_id": 1, "category_id": 1, "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
         for number, box in zip(ids, truth, strict=True)
@@ -68,6 +73,11 @@ def _average_precision(ids, scores=(0.9, 0.8), boxes=((10, 20, 30, 40), (50, 10,
         return f"{evaluation.stats[0]:.3f}"
     except Exception as error:
         return type(error).__name__
+
+
+def order_of_equals(folder: Path) -> str:
+    found = [_average_precision((1,), (0.9, 0.9), boxes, _TRUTH[:1]) for boxes in (_TRUTH, _TRUTH[::-1])]
+    return f"pycocotools gives an AP of {found[0]} or {found[1]} for two predictions of one score, by their place in the list"
 
 
 def evaluation_traps(folder: Path) -> str:
@@ -140,9 +150,20 @@ def bomb(folder: Path) -> str:
     return f"Pillow opens {size / 1000:.0f} kB that unfold into {3 * picture.width * picture.height / 1e6:.0f} MB, {said}"
 
 
+def overlapping_instances(folder: Path) -> str:
+    masks_1QHW = torch.full((1, 2, 96, 96), -9.0)
+    masks_1QHW[0, 0, :, :64] = masks_1QHW[0, 1, :, 32:] = 9.0
+    outputs = ModelOutput(masks_queries_logits=masks_1QHW, class_queries_logits=torch.tensor([[[9.0, 0.0], [8.0, 0.0]]]))
+    processor = Mask2FormerImageProcessor()
+    (result,) = processor.post_process_instance_segmentation(outputs, threshold=0.5, target_sizes=[(96, 96)])
+    kept = [int((result["segmentation"] == segment["id"]).sum()) for segment in result["segments_info"]]
+    return f"transformers' post-processing leaves {kept} pixels of two instances that have {64 * 96} each, in one map"
+
+
 MEASUREMENTS = {
     10: corners,
     11: turned_photograph,
+    12: order_of_equals,
     13: evaluation_traps,
     15: deep_ramp,
     20: lambda folder: _accepted(folder, BOX_FAULTS),
@@ -152,4 +173,5 @@ MEASUREMENTS = {
     24: bad_segmentations,
     30: path_that_leaves,
     33: bomb,
+    36: overlapping_instances,
 }

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import stock_data
+import stock_processes
+import stock_services
 import stock_training
 import transformers
 
-MEASUREMENTS = {**stock_training.MEASUREMENTS, **stock_data.MEASUREMENTS}
+PARTS = (stock_training, stock_processes, stock_data, stock_services)
+MEASUREMENTS = {number: measurement for part in PARTS for number, measurement in part.MEASUREMENTS.items()}
 
 
 def measure(on_done: Callable[[int, str], None]) -> dict[int, str]:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import (
+    Mask2FormerForUniversalSegmentation,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
@@ -28,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from factories import tiny_config
 from killing import in_child, kill_at_file_operation
 
 
@@ -227,6 +230,65 @@ def told_to_end(folder: Path) -> str:
     return f"Trainer {how} with {len(list(folder.glob('checkpoint-*')))} checkpoints of the 2 steps made"
 
 
+def batches_without_objects(folder: Path) -> str:
+    network = Mask2FormerForUniversalSegmentation(tiny_config())
+    found = []
+    for name, count in (("no instance", 0), ("more instances than queries", network.config.num_queries + 5)):
+        masks_GHW, labels_G = torch.ones(count, 64, 64), torch.zeros(count, dtype=torch.long)
+        try:
+            loss = network(torch.zeros(1, 3, 64, 64), mask_labels=[masks_GHW], class_labels=[labels_G]).loss
+            loss.backward()
+            found.append(f"{name}: a loss of {float(loss):.1f}")
+        except Exception as error:
+            found.append(f"{name}: {type(error).__name__}")
+    return f"transformers' Mask2Former, {', '.join(found)}"
+
+
+class _Counting(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, args, state, control, **options):
+        self.steps += 1
+
+
+def skipped_updates(folder: Path) -> str:
+    counting = _Counting()
+    trainer = _trainer(folder, callbacks=[counting])
+    with mock.patch.object(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda accelerator: True)):
+        trainer.train()
+    steps = trainer.state.global_step
+    return (
+        f"Trainer counts 4 skipped updates as {steps} steps and calls `on_step_end`, where averages tick, {counting.steps} times"
+    )
+
+
+class _OutOfMemory(_Line):
+    def forward(self, pixel_values=None, labels=None):
+        output = super().forward(pixel_values, labels)
+        if self.calls == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return output
+
+
+def memory_in_the_middle_of_a_step(folder: Path) -> str:
+    model = _OutOfMemory()
+    try:
+        _trainer(folder, model, gradient_accumulation_steps=4).train()
+        said = "goes on"
+    except torch.OutOfMemoryError:
+        said = "raises torch's error as it is"
+    kept = "keeps" if model.weight.grad is not None else "drops"
+    return f"Trainer {said} and {kept} the gradients of the half step"
+
+
+def three_hundred_steps(folder: Path) -> str:
+    trainer = _trainer(folder, max_steps=300, save_strategy="steps", save_steps=300)
+    trainer.train()
+    kilobytes = (folder / "checkpoint-300" / "trainer_state.json").stat().st_size / 1000
+    lines = len(trainer.state.log_history)
+    return f"Trainer keeps all {lines} lines of its log in memory and writes them into every checkpoint ({kilobytes:.0f} kB)"
+
+
 class _Evil:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -260,7 +322,11 @@ MEASUREMENTS = {
     14: shared_by_two_ranks,
     16: key_that_is_missing,
     17: state_that_is_gone,
+    18: batches_without_objects,
     19: full_disk,
+    25: skipped_updates,
+    26: memory_in_the_middle_of_a_step,
     27: told_to_end,
+    29: three_hundred_steps,
     31: evil_pickle,
 }

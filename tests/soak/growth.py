@@ -37,8 +37,7 @@ class Growth:
         return int(self.settled[-1, 2] - self.settled[0, 2])
 
     def __str__(self) -> str:
-        done, megabytes, files = self.samples[-1]
-        return (
-            f"{done} done, {megabytes:.0f} MB (at most {max(m for _, m, _ in self.samples):.0f}), "
-            f"{self.megabytes_per_thousand:+.1f} MB per 1000, {files} open files ({self.more_files:+d})"
-        )
+        curve = self.samples[:: max(1, len(self.samples) // 5)] + self.samples[-1:]
+        peak = max(megabytes for _, megabytes, _ in self.samples)
+        shown = ", ".join(f"{done}: {megabytes:.0f} MB {files} files" for done, megabytes, files in dict.fromkeys(curve))
+        return f"{shown}; at most {peak:.0f} MB, {self.megabytes_per_thousand:+.1f} MB per 1000 after the first third"
