@@ -183,6 +183,28 @@ def test_deformable_convolutions_work_in_bfloat16(how):
     assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_activation_checkpointing_gives_the_same_gradients(backbone):
+    model, images = small_model(backbone, neck="bifpn", num_bifpn_layers=2).train(), torch.randn(1, 3, 64, 64)
+    for module in model.modules():  # the backbone's stochastic depth would differ from one forward to the next
+        if type(module).__name__ == "SwinDropPath":
+            module.drop_prob = 0.0
+    found = []
+    for is_on in (False, True):
+        if is_on:
+            model.activation_checkpointing_enable()
+            assert {type(m).__name__ for m in model.modules() if getattr(m, "gradient_checkpointing", False)} >= {
+                "Tower",
+                "BiFPNLayer",
+            }
+        model.zero_grad()
+        outputs = model(images, output_auxiliary_logits=True)
+        (outputs.class_logits.square().sum() + outputs.box_distances.sum() + outputs.controllers.sum()).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("condinst")])
 def test_every_preset_is_a_network(name):
     config = architecture_of_preset(name).config.from_preset(name, id2label={0: "a"})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..sim.group_norm import SIMGroupNorm
 from .feature_pyramid import num_groups
@@ -30,8 +31,8 @@ class DensePredictions:
     controllers_BMP: Tensor
 
 
-class Tower(nn.Sequential):
-    """Convolutions with group norm and ReLU."""
+class Tower(GradientCheckpointingLayer, nn.Sequential):
+    """Convolutions with group norm and ReLU. What it computes for a level may be computed again (activation checkpointing)."""
 
     def __init__(self, num_channels: int, num_layers: int) -> None:
         layers: list[nn.Module] = []
@@ -42,6 +43,11 @@ class Tower(nn.Sequential):
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*layers)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            input = layer(input)
+        return input
 
 
 class ClassPredictor(nn.Conv2d):

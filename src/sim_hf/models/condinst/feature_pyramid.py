@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..sim.group_norm import SIMGroupNorm
 
@@ -58,7 +59,7 @@ class BiFPN(nn.Module):
         return levels
 
 
-class BiFPNLayer(nn.Module):
+class BiFPNLayer(GradientCheckpointingLayer):
     """Down the pyramid and up again; a map's inputs are added with learned weights (fast normalised fusion)."""
 
     def __init__(self, num_channels: int) -> None:

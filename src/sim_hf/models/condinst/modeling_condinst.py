@@ -183,6 +183,8 @@ class CondInstModel(CondInstPreTrainedModel):
 class CondInstForInstanceSegmentation(CondInstPreTrainedModel):
     """`CondInstModel` with the FCOS head (`class_predictor` and `head`) and the mask branch."""
 
+    supports_gradient_checkpointing = True  # of the towers, BiFPN, and those backbones that have it (Swin)
+
     def __init__(self, config: CondInstConfig) -> None:
         super().__init__(config)
         self.model = CondInstModel(config)
