@@ -11,6 +11,8 @@ FOUND = {
     "config with a truth value for names": ("config", b'{"model_type": "sim", "id2label": true}'),
     "config that is a list": ("config", b"[1]"),
     "config that is a number": ("config", b"2"),
+    "config with a number for the type of the weights": ("config", b'{"model_type": "sim", "dtype": 1e308}'),
+    "config with a number for its pipelines": ("config", b'{"model_type": "sim", "custom_pipelines": 3}'),
     "manifest that is written another way": ("checkpoint", b"{ }"),
     "options by a truth value": ("options", b"no: 1\nlearning_rates: 2"),
     "options in a list": ("options", b"[max_steps]"),

@@ -64,15 +64,9 @@ class SIMConfig(Mask2FormerConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # A pipeline that came with the weights is for those who have none: for a task that is registered transformers would
-        # still insist on running its code.
-        pipelines = config_dict.get("custom_pipelines") or {}
-        if any(task in PIPELINE_REGISTRY.supported_tasks for task in pipelines):
-            kept = {task: entry for task, entry in pipelines.items() if task not in PIPELINE_REGISTRY.supported_tasks}
-            config_dict = {**config_dict, "custom_pipelines": kept}
         try:
-            return super().from_dict(config_dict, **kwargs)
-        except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+            return super().from_dict(_without_known_pipelines(config_dict), **kwargs)
+        except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"not a configuration of {cls.model_type!r}: {' '.join(str(error).split())}") from error
 
     @classmethod
@@ -105,6 +99,14 @@ class SIMConfig(Mask2FormerConfig):
             fields["id2label"] = names
             fields["label2id"] = {text: label for label, text in names.items()}
         return cls(**fields)
+
+
+def _without_known_pipelines(fields: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline that came with the weights is for those who have none: for a task that is registered transformers would still
+    insist on running its code."""
+    pipelines = fields.get("custom_pipelines") or {}
+    kept = {task: entry for task, entry in pipelines.items() if task not in PIPELINE_REGISTRY.supported_tasks}
+    return fields if len(kept) == len(pipelines) else {**fields, "custom_pipelines": kept}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
