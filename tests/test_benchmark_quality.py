@@ -204,3 +204,13 @@ def test_sim_paper_states_every_number_so_that_new_defaults_cannot_change_it():
     of_the_size = {"matching", "pairwise_dilation", "color_threshold"}
     stated = set(read_config(ROOT / "scripts" / "configs" / "quality-sim-paper.yaml"))
     assert options - of_the_size - stated == set()
+
+
+@pytest.mark.e2e
+def test_runs_at_a_time_give_the_numbers_of_one_after_the_other(flags, finished, tmp_path):
+    assert grid(flags, tmp_path, "--jobs", "2") == 0
+    changing = {"command", "time", "seconds_per_step", "git"}
+    for row, record in results_of(finished).items():
+        other = results_of(tmp_path)[row]
+        assert {k: v for k, v in record.items() if k not in changing} == {k: v for k, v in other.items() if k not in changing}
+    assert len(list(tmp_path.glob("*/*/seed-0/log.txt"))) == 2

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,23 +123,27 @@ def test_a_kernel_that_fails_or_errs_is_left_out_with_a_warning(kernel, reason, 
     deformable_attention._triton_was_tried.cache_clear()
 
 
-def test_a_kernel_that_agrees_is_taken_unless_results_must_repeat(monkeypatch):
+def test_a_kernel_that_agrees_is_taken(monkeypatch):
     monkeypatch.setitem(deformable_attention.FORMS, "triton", deformable_attention._by_bags)
     monkeypatch.setattr(deformable_attention, "is_installed", lambda: True)
     deformable_attention._triton_was_tried.cache_clear()
     arguments = (torch.device("cpu"), torch.float32, 4, 2)
     assert deformable_attention._triton_works(*arguments)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not deformable_attention._triton_works(*arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        deformable_attention._triton_was_tried.cache_clear()
+    deformable_attention._triton_was_tried.cache_clear()
     assert not deformable_attention._triton_works(torch.device("cpu"), torch.float64, 4, 2)
 
 
-def test_on_a_cpu_the_bags_are_taken():
+def test_on_a_cpu_the_bags_are_taken_and_on_cuda_the_kernel_or_samples_unless_results_must_repeat(monkeypatch):
     assert deformable_attention._form_for(torch.zeros(1, 4, 1, 2), 4) == "bags"
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 1, 2))
+    for works, form in ((True, "triton"), (False, "grid_sample")):
+        monkeypatch.setattr(deformable_attention, "_triton_works", lambda *_, works=works: works)
+        assert deformable_attention._form_for(on_cuda, 4) == form
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert deformable_attention._form_for(on_cuda, 4) == "bags"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
@@ -155,7 +160,7 @@ def test_on_cuda_every_form_gives_the_stock_values_and_gradients(form, dtype):
 
 @pytest.mark.gpu
 def test_on_cuda_the_kernel_is_chosen():
-    assert deformable_attention._form_for(torch.zeros(1, 4, 1, 32, device="cuda"), 4) == deformable_attention.CUDA_FORMS[0]
+    assert deformable_attention._form_for(torch.zeros(1, 4, 1, 32, device="cuda"), 4) == "triton"
 
 
 @pytest.mark.skipif(not deformable_attention_triton.is_installed(), reason="triton is not installed")

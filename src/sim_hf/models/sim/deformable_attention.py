@@ -4,7 +4,9 @@ A bilinear sample is a weighted sum of four cells, so what one head reads for on
 the values: `embedding_bag` makes it without ever storing the samples. Every level stands in the table with a border of
 zeros, so nobody asks whether a point lies outside, and its upper left cell alone says where all four are.
 
-On CUDA a Triton kernel does the same where it can (`deformable_attention_triton.py`); `CUDA_FORMS` is the place to choose.
+On CUDA a Triton kernel does the same where it can (`deformable_attention_triton.py`), or else bilinear samples. Its atomics add
+in any order: whoever asks torch for repeatable results gets the rows, there only for inputs of moderate size (at 1024 px and
+batches of 16 torch's embedding_bag fails on a GPU).
 
 Shape letters: B images, M cells of all levels, N query positions, A heads, D channels per head, L levels, P points,
 K = L P points of a head, S = B N A sums, T rows of the table, 4 corners: upper left, upper right, lower left, lower right.
@@ -27,8 +29,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from .deformable_attention_triton import DTYPES, is_installed, triton_attention
 
-# What computes on CUDA: the first of these that can. benchmarks/deformable_attention.py times them all.
-CUDA_FORMS = ("triton", "bags")
+# What computes on CUDA: the kernel where it works, or else this; benchmarks/deformable_attention.py times all forms.
+CUDA_FALLBACK = "grid_sample"
 
 _BORDER = 2  # cells on every side of a level: a point far outside is moved to where all its four cells are zero
 
@@ -76,20 +78,14 @@ FORMS: dict[str, Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tenso
 def _form_for(value_BMAD: Tensor, num_points: int) -> str:
     if torch.compiler.is_exporting():  # bilinear samples are an operation of every runtime, bags of rows are not
         return "grid_sample"
-    if value_BMAD.device.type != "cuda":
-        return "bags"
-    return next(
-        form
-        for form in (*CUDA_FORMS, "bags")
-        if form != "triton" or _triton_works(value_BMAD.device, value_BMAD.dtype, value_BMAD.shape[3], num_points)
-    )
+    if value_BMAD.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return "bags"  # nothing of it is scattered
+    works = _triton_works(value_BMAD.device, value_BMAD.dtype, value_BMAD.shape[3], num_points)
+    return "triton" if works else CUDA_FALLBACK
 
 
 def _triton_works(device: torch.device, dtype: torch.dtype, channels: int, num_points: int) -> bool:
-    """Its atomics add in any order, which whoever asks torch for repeatable results does not want."""
-    if torch.are_deterministic_algorithms_enabled() or dtype not in DTYPES or not is_installed():
-        return False
-    return _triton_was_tried(device, dtype, channels, num_points)
+    return dtype in DTYPES and is_installed() and _triton_was_tried(device, dtype, channels, num_points)
 
 
 @lru_cache(maxsize=64)
