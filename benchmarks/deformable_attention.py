@@ -4,8 +4,8 @@
     python benchmarks/deformable_attention.py --device cuda --tiles 512 1024 2048 # the Triton kernels with other blocks, too
 
 The package takes the Triton kernels on CUDA, and `CUDA_FALLBACK` where they do not work. Errors are those of the values and
-of the gradients of values, locations and weights: length of the difference from transformers' function in float32 on the same numbers,
-divided by its length. In half precision the result itself is rounded, to 0.002 (bfloat16) of its length.
+of the gradients of values, locations and weights: length of the difference from transformers' function in float32 on the same
+numbers, divided by its length. In half precision the result itself is rounded, to 0.002 (bfloat16) of its length.
 """
 
 from __future__ import annotations
