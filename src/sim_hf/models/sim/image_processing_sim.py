@@ -67,6 +67,19 @@ class SIMImageProcessor(TorchvisionBackend):
         fields: dict[str, Any] = {"size": PRESET_SIZES[name], **overrides}
         return cls(**fields)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A ValueError for fields that cannot be worked with; it has been tried on one pixel."""
+        try:
+            loaded: Any = super().from_dict(image_processor_dict, **kwargs)
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            processor.resized_size(1, 1)
+            _round_up(_round_up(1, processor.size_divisor), processor.mask_stride)
+            processor(images=Image.new("RGB", (1, 1)), do_resize=False, do_pad=False)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"not the preprocessing of {cls.__name__}: {error}") from error
+        return loaded
+
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after resizing: the long side `longest_edge`, the short side at most `shortest_edge`."""
         return _resized_size(height, width, self.size)
