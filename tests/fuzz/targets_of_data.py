@@ -69,7 +69,7 @@ def yolo(data: bytes) -> None:
     for description, rows in ((_YOLO_DESCRIPTION, data), (data, _YOLO_ROWS)):
         written(description, "yolo", "data.yaml")
         written(rows, "yolo", "labels", "train", "1.txt")
-        with contextlib.suppress(SourceError, ImageError):
+        with contextlib.suppress(SourceError, ImageError, OSError):  # a path that is too long
             _read_all(YoloSource(FOLDER / "yolo"))
 
 
