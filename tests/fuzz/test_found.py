@@ -15,6 +15,7 @@ FOUND = {
     "config with a number for its pipelines": ("config", b'{"model_type": "sim", "custom_pipelines": 3}'),
     "preprocessing that is a text": ("processor", b'"a"'),
     "preprocessing without a size": ("processor", b'{"size": null}'),
+    "preprocessing with a truth value for a size": ("processor", b'{"size": [true, 2]}'),
     "preprocessing with a text for a number": ("processor", b'{"size": {"longest_edge": 64}, "size_divisor": "x"}'),
     "preprocessing with no number for a mean": ("processor", b'{"size": {"longest_edge": 64}, "image_mean": {}}'),
     "manifest that is written another way": ("checkpoint", b"{ }"),

@@ -74,6 +74,8 @@ class SIMImageProcessor(TorchvisionBackend):
             loaded: Any = super().from_dict(image_processor_dict, **kwargs)
             processor = loaded[0] if isinstance(loaded, tuple) else loaded
             processor.resized_size(1, 1)
+            if any(type(length) is not int for length in dict(processor.size).values()):
+                raise TypeError(f"size must be given in whole pixels, got {dict(processor.size)}")
             _round_up(_round_up(1, processor.size_divisor), processor.mask_stride)
             processor(images=Image.new("RGB", (1, 1)), do_resize=False, do_pad=False)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
