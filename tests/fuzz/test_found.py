@@ -16,6 +16,7 @@ FOUND = {
     "preprocessing that is a text": ("processor", b'"a"'),
     "preprocessing without a size": ("processor", b'{"size": null}'),
     "preprocessing with a truth value for a size": ("processor", b'{"size": [true, 2]}'),
+    "preprocessing with an unknown filter": ("processor", b'{"size": {"longest_edge": 64}, "resample": -1}'),
     "preprocessing with a text for a number": ("processor", b'{"size": {"longest_edge": 64}, "size_divisor": "x"}'),
     "preprocessing with no number for a mean": ("processor", b'{"size": {"longest_edge": 64}, "image_mean": {}}'),
     "manifest that is written another way": ("checkpoint", b"{ }"),

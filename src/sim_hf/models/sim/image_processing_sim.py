@@ -77,7 +77,7 @@ class SIMImageProcessor(TorchvisionBackend):
             if any(type(length) is not int for length in dict(processor.size).values()):
                 raise TypeError(f"size must be given in whole pixels, got {dict(processor.size)}")
             _round_up(_round_up(1, processor.size_divisor), processor.mask_stride)
-            processor(images=Image.new("RGB", (1, 1)), do_resize=False, do_pad=False)
+            processor(images=Image.new("RGB", (1, 1)), size={"height": 1, "width": 1}, do_pad=False)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"not the preprocessing of {cls.__name__}: {error}") from error
         return loaded
