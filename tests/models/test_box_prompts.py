@@ -118,3 +118,13 @@ def test_a_checkpoint_that_lost_its_prompts_is_refused(small_model, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing.*box_prompt_encoder"):
         load_pretrained_for_classes(tmp_path, model.config.id2label)
+
+
+def test_prompts_can_be_taken_from_a_checkpoint_that_has_them(small_model, tmp_path):
+    """As scripts/configs/quality-sim-paper.yaml does with the shipped one; without being asked, nothing may be left over."""
+    model = small_model(box_prompts=True)
+    model.save_pretrained(tmp_path)
+    plain, _ = load_pretrained_for_classes(tmp_path, model.config.id2label, box_prompts=False)
+    assert not plain.config.box_prompts and not any("box_prompt_encoder" in name for name in plain.state_dict())
+    kept = model.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in plain.state_dict().items())

@@ -34,15 +34,16 @@ def load_pretrained_for_classes(
     """Load a SIM or Mask2Former checkpoint (folder or Hub id) for the classes of `id2label`.
 
     The class head's row of a class is copied where the checkpoint has a class of that name (case does not matter), the
-    "no object" row always, other rows are drawn anew; so is the encoder of box prompts where `box_prompts=True` adds one.
+    "no object" row always, other rows are drawn anew; so is the encoder of box prompts where `box_prompts=True` adds one, and
+    `box_prompts=False` leaves it behind.
     Everything else must load completely: missing, unexpected, misshapen or non-finite tensors are a ValueError. overrides:
     fields of the configuration. float32, for training.
     """
     names = class_names(id2label)
     config = SIMConfig.from_pretrained(path, **{"category_ids": None, **overrides})
-    adds_prompts = config.box_prompts and not SIMConfig.from_pretrained(path, category_ids=None).box_prompts
+    same_prompts = config.box_prompts == SIMConfig.from_pretrained(path, category_ids=None).box_prompts
     model: Any = SIMForInstanceSegmentation.from_pretrained(
-        path, config=config, dtype=torch.float32, reinitialize=[".box_prompt_encoder."] if adds_prompts else ()
+        path, config=config, dtype=torch.float32, reinitialize=() if same_prompts else [".box_prompt_encoder."]
     )
     old_head = model.class_predictor
     new_head = nn.Linear(old_head.in_features, len(names) + 1)

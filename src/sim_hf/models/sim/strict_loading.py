@@ -31,7 +31,7 @@ class LoadsCompletely:
 
         A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a checkpoint; SIM also takes stock Mask2Former ones.
         ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
-        reinitialize: parts of names; tensors with one of them may be missing or misshapen, too. Pickled weights are not read
+        reinitialize: parts of names; tensors with one of them may be missing, left over or misshapen, too. Pickled weights are not read
         unless `use_safetensors` says so.
         """
         kwargs.setdefault("use_safetensors", True)
@@ -52,7 +52,7 @@ def require_complete(source: str, model: nn.Module, info: Mapping[str, Any], *, 
     """Raise a ValueError that lists the keys, if tensors are missing, left over, misshapen or not finite.
 
     info: what `from_pretrained(..., output_loading_info=True)` says. reinitialize: parts of names; tensors with one of them may
-    be missing or misshapen, they start fresh.
+    be missing, left over or misshapen, they start fresh.
     """
 
     def starts_fresh(name: str) -> bool:
@@ -61,7 +61,7 @@ def require_complete(source: str, model: nn.Module, info: Mapping[str, Any], *, 
 
     problems = {
         "missing": sorted(name for name in info["missing_keys"] if not starts_fresh(name)),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not any(part in name for part in reinitialize)),
         "misshapen": sorted(
             f"{name} {tuple(came)} instead of {tuple(wanted)}"
             for name, came, wanted in info["mismatched_keys"]
