@@ -31,8 +31,8 @@ class LoadsCompletely:
 
         A folder or a Hub id (with `revision`, `dtype`, `device_map`, ...) of a checkpoint; SIM also takes stock Mask2Former ones.
         ignore_mismatched_sizes: the class head starts fresh where it does not fit (`num_labels=7`) or is not there.
-        reinitialize: parts of names; tensors with one of them may be missing, left over or misshapen, too. Pickled weights are not read
-        unless `use_safetensors` says so.
+        reinitialize: parts of names; tensors with one of them may be missing, left over or misshapen, too. Pickled weights are
+        not read unless `use_safetensors` says so.
         """
         kwargs.setdefault("use_safetensors", True)
         if ignore_mismatched_sizes:
