@@ -74,9 +74,13 @@ class SIMImageProcessor(TorchvisionBackend):
             loaded: Any = super().from_dict(image_processor_dict, **kwargs)
             processor = loaded[0] if isinstance(loaded, tuple) else loaded
             processor.resized_size(1, 1)
-            if any(type(length) is not int for length in dict(processor.size).values()):
-                raise TypeError(f"size must be given in whole pixels, got {dict(processor.size)}")
-            _round_up(_round_up(1, processor.size_divisor), processor.mask_stride)
+            for name, lengths in (
+                ("size", dict(processor.size)),
+                ("size_divisor", {"": processor.size_divisor}),
+                ("mask_stride", {"": processor.mask_stride}),
+            ):
+                if any(type(length) is not int or length < 1 for length in lengths.values()):
+                    raise TypeError(f"{name} must be given in whole pixels, got {getattr(processor, name)}")
             processor(images=Image.new("RGB", (1, 1)), size={"height": 1, "width": 1}, do_pad=False)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"not the preprocessing of {cls.__name__}: {error}") from error
