@@ -208,14 +208,16 @@ def test_pasting_gives_the_same_pictures_and_targets_as_on_the_cpu():
 
 
 def test_prototypes_move_as_on_the_cpu():
+    """Every class has as many pixels around each of four centres: no pixel lies between two prototypes, where the last bit of a
+    float32 would decide which one it moves."""
     generator = torch.Generator().manual_seed(0)
-    centres_KC = torch.randn(3, 16, generator=generator)
+    centres_NC = torch.randn(3 * 4, 16, generator=generator)
     banks = {device: PrototypeBank(3, 4, 16, momentum=0.9).to(device) for device in ("cpu", DEVICE)}
     for _ in range(5):
-        labels_M = torch.randint(3, (200,), generator=generator)
-        pixels_MC = centres_KC[labels_M] + 0.3 * torch.randn(200, 16, generator=generator)
+        centre_M = torch.arange(3 * 4).repeat(20)
+        pixels_MC = centres_NC[centre_M] + 0.05 * torch.randn(len(centre_M), 16, generator=generator)
         for device, bank in banks.items():
-            bank.observe(pixels_MC.to(device), labels_M.to(device))
+            bank.observe(pixels_MC.to(device), (centre_M // 4).to(device))
             bank.commit()
     torch.testing.assert_close(banks[DEVICE].prototypes_KLC.cpu(), banks["cpu"].prototypes_KLC, rtol=0, atol=1e-4)
     assert torch.equal(banks[DEVICE].counts_KL.cpu(), banks["cpu"].counts_KL)
