@@ -128,12 +128,14 @@ class MemoryBank:
         chosen = targets.select(rows)
         scores = [REAL_MASK_SCORE] * len(rows) if pseudo is None else pseudo.scores_G[rows].tolist()
         probabilities_GHW = None if pseudo is None else pseudo.probabilities_GHW[rows].float().cpu()
-        real_masks_GHW = None if chosen.masks_GHW is None else chosen.masks_GHW.cpu()
+        has_mask_G = chosen.has_mask_G.tolist()
+        # Pasted objects alone give a batch masks of input size, of which none is stored: they stay where they are.
+        real_masks_GHW = chosen.masks_GHW.cpu() if chosen.masks_GHW is not None and any(has_mask_G) else None
         # One transfer of bytes from a device; on the CPU only the crops are converted.
         images_BCHW = images_BCHW if images_BCHW.device.type == "cpu" else _to_uint8(images_BCHW).cpu()
         sizes = [targets.input_size] * targets.num_images if pixel_mask_BHW is None else valid_sizes(pixel_mask_BHW)
         found: dict[int, list[BankInstance]] = {}
-        records = zip(chosen.boxes_G4.tolist(), chosen.image_ids_G.tolist(), chosen.has_mask_G.tolist(), strict=True)
+        records = zip(chosen.boxes_G4.tolist(), chosen.image_ids_G.tolist(), has_mask_G, strict=True)
         labels = chosen.class_labels_G.tolist()
         for g, (box, image_id, has_mask) in enumerate(records):
             crop = _pixel_box(box, *sizes[image_id])

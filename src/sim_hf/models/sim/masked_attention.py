@@ -6,8 +6,11 @@ of one level, H and W rows, columns.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerAttention,
     Mask2FormerMaskedAttentionDecoder,
@@ -18,6 +21,10 @@ from transformers.models.mask2former.modeling_mask2former import (
 from .box_prompts import SIMBoxPromptEncoder, cells_inside
 from .configuration_sim import SIMConfig
 from .padding import downsample_valid, sine_position_embedding
+
+# Not cuDNN's, though it is the first choice on new GPUs: it makes a plan for every new shape, on the host, and the numbers of
+# boxes and the sizes of a batch always change.
+_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class MaskedCrossAttention(nn.MultiheadAttention):
@@ -40,7 +47,8 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         states = (heads(query, 0), heads(key, 1), heads(value, 2))
         is_slow = states[0].device.type == "cpu" and states[0].dtype == torch.bfloat16
         attend = _attention_by_products if is_slow else nn.functional.scaled_dot_product_attention
-        attended_BAQD = attend(*states, attn_mask=attn_mask, dropout_p=dropout)
+        with sdpa_kernel(_KERNELS) if states[0].is_cuda else contextlib.nullcontext():
+            attended_BAQD = attend(*states, attn_mask=attn_mask, dropout_p=dropout)
         return self.out_proj(attended_BAQD.permute(2, 0, 1, 3).flatten(2)), None
 
 
