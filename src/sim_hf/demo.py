@@ -17,6 +17,7 @@ from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.prediction import names_of
+from sim_hf.models.architectures import architecture_of
 from sim_hf.training.arguments import (
     ArgumentGroups,
     DataArguments,
@@ -24,6 +25,7 @@ from sim_hf.training.arguments import (
     RunArguments,
     SupervisionArguments,
 )
+from sim_hf.training.assembly import build_data
 from sim_hf.training.periodic import draw_confident, given_boxes, save_model_folder
 from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
 from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
@@ -134,7 +136,7 @@ def _arguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
         batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
-        learning_rate=5e-4 if start.model is None else 1.5e-4,  # a trained start is refined, not learned anew
+        learning_rate=_learning_rate(start, data),
         seed=options.seed,
         mixed_precision="auto",
         eval_every=0,
@@ -143,6 +145,16 @@ def _arguments(
         log_every=25,
     )
     return start, data, SupervisionArguments(supervision=supervision, pairwise_dilation=1, color_threshold=0.1), run
+
+
+def _learning_rate(start: ModelArguments, data: DataArguments) -> float:
+    """Random weights learn everything; a trained start new classes, or, where it knows them all, nothing but these pictures."""
+    if start.model is None:
+        return 5e-4
+    config = architecture_of(start.model).config.from_pretrained(start.model)
+    known = {name.strip().lower() for name in config.id2label.values()}
+    names = build_data(data, with_masks=False).names
+    return 5e-5 if all(name.strip().lower() in known for name in names) else 1.5e-4
 
 
 def _with_steps(arguments: ArgumentGroups, steps: int) -> ArgumentGroups:
