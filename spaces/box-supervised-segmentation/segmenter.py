@@ -27,6 +27,8 @@ from uploads import Upload
 
 MIN_SCORE, MAX_INSTANCES = 0.05, 30
 _SHOWN_SIDE = 1280
+_SAME_OBJECT = 0.8  # IoU of two masks
+_LOOKED_AT = 4  # every so many pixels of a mask, in both directions
 _TEXT_SHARE = 1 / 28  # names stay readable where a phone shows the picture at a third of its size
 _UNNAMED = "object"
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "sim-tiny"
@@ -99,11 +101,13 @@ class Segmenter:
         self.category_ids = {name: int(ids[label]) for label, name in self.names.items()}
 
     def find(self, upload: Upload) -> Found:
-        """Every object that the network gives a score of at least MIN_SCORE, the MAX_INSTANCES best of them."""
+        """Every object that the network gives a score of at least MIN_SCORE, the MAX_INSTANCES best of them, each once."""
         start = time.perf_counter()
         (result,) = predict_images(self.model, self.processor, [upload.picture], threshold=MIN_SCORE, max_instances=MAX_INSTANCES)
-        names = [self.names[int(label)] for label in result["labels"]]
-        return self._found(upload, names, result["scores"].tolist(), result["boxes"], result["masks"], start)
+        rows = distinct(result["masks"], result["scores"].tolist())
+        names = [self.names[int(result["labels"][row])] for row in rows]
+        masks = (result["masks"][row] for row in rows)
+        return self._found(upload, names, result["scores"][rows].tolist(), result["boxes"][rows], masks, start)
 
     def fill(self, upload: Upload, boxes: Sequence[NamedBox], name: str = "") -> Found:
         """One mask for each box, in their order. name: what is in boxes that have no name of their own."""
@@ -146,6 +150,18 @@ class Segmenter:
         unknown = sorted(set(names) - set(self.category_ids))
         first = max(self.category_ids.values()) + 1
         return self.category_ids | {name: first + place for place, name in enumerate(unknown)}
+
+
+def distinct(masks, scores: Sequence[float]) -> list[int]:
+    """Rows from the best score down, without those whose mask is nearly that of a better one: the same object under another
+    name, or found twice."""
+    kept: list[tuple[int, Tensor]] = []
+    for row in sorted(range(len(scores)), key=lambda row: -scores[row]):
+        mask_hw = masks[row][::_LOOKED_AT, ::_LOOKED_AT].bool()
+        overlaps = ((int((mask_hw & other_hw).sum()), int((mask_hw | other_hw).sum())) for _, other_hw in kept)
+        if all(both < _SAME_OBJECT * max(either, 1) for both, either in overlaps):
+            kept.append((row, mask_hw))
+    return [row for row, _ in kept]
 
 
 def load_segmenter() -> Segmenter:

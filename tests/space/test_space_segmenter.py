@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 from boxes import NamedBox, parse_boxes
 from example_pictures import FOLDER, examples, render
 from factories import save_tiny_condinst
-from segmenter import Segmenter, load_segmenter
+from segmenter import Segmenter, distinct, load_segmenter
 from sim_hf.data import decode_segmentation, render_scene
 from uploads import read_upload
 
@@ -136,3 +137,11 @@ def test_pickled_weights_are_not_loaded(segmenter, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(OSError, match="safetensors"):
         Segmenter(tmp_path)
+
+
+def test_an_object_that_was_found_twice_is_shown_once_with_its_better_score():
+    masks = torch.zeros(4, 40, 40, dtype=torch.bool)
+    masks[0, :20, :20] = masks[1, :20, :24] = masks[2, :20, :28] = masks[3, 24:, 24:] = True  # IoU with mask 1: 0.83, 1, 0.86, 0
+    assert distinct(masks, [0.6, 0.9, 0.7, 0.1]) == [1, 3]
+    assert distinct(masks, [0.9, 0.6, 0.7, 0.1]) == [0, 2, 3]  # IoU of 0 and 2 is 0.71: 2 stays, 1 goes
+    assert distinct(masks[:0], []) == []
