@@ -45,3 +45,5 @@ def test_other_classes_and_other_weights_are_refused(average, tmp_path):
     model.save_pretrained(tmp_path / "second")
     with pytest.raises(ValueError, match="other classes"):
         average([first, tmp_path / "second"])
+    with pytest.raises(ValueError, match="other weights"):
+        average([first, save_tiny_model(tmp_path / "third", "swin")])
