@@ -4,6 +4,7 @@
     python benchmarks/quality.py --size r50 --data FOLDER --seeds 0 1 2 --minutes 170     # on a GPU, as far as 170 minutes go
     python benchmarks/quality.py --rows boxinst sim sim-alpha-0 sim-alpha-1               # an ablation
     python benchmarks/quality.py --jobs 12 --data FOLDER --seeds 0 1 2 --minutes 9        # a GPU with many cores: 12 at a time
+    python benchmarks/quality.py --data FOLDER FOLDER OTHER       # trained on all (one of them twice), measured on each
     python benchmarks/quality.py --table-only                     # trains nothing: docs/results.md from all finished runs
 
 A row is scripts/configs/quality-ROW.yaml, which may only change the supervision; all other settings are those of
@@ -30,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from quality_run import CONFIGS, OutOfTimeError, finish, make_run
-from quality_table import picture_sheet, read_grid, section, table, write_page
+from quality_table import picture_sheet, read_grid, section, tables, write_page
 from sim_hf.data import write_scenes
 from sim_hf.data.scenes import GENERATOR_NAME
 from sim_hf.promptable_segmenter import UnavailableError
@@ -56,7 +57,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--size", choices=sizes, default="tiny")
-    parser.add_argument("--data", type=Path, help="images/ + instances_{train,val}.json (default: generated scenes)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="images/ + instances_{train,val}.json; several: all are trained on, each is measured (default: generated scenes)",
+    )
     parser.add_argument("--name", help="of the grid (default: size and data)")
     parser.add_argument("--minutes", type=float, help="stop, with a checkpoint, after this time; the same command goes on")
     parser.add_argument(
@@ -76,20 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"--table-only trains nothing and takes no options of training: {' '.join(flags)}")
         write_results_page(options.runs, options.output, options.name)
         return 0
-    data = options.data or write_scenes(options.runs.parent / "scenes")
-    folder = options.runs / (options.name or f"{options.size}-{data.name}")
+    data = options.data or [write_scenes(options.runs.parent / "scenes")]
+    folder = options.runs / (options.name or "-".join([options.size, *dict.fromkeys(place.name for place in data)]))
     if not options.part_of_grid:
         write_grid(folder, options, data, flags)
     complete = run_grid(folder, options, data, flags) if options.jobs == 1 else run_jobs(folder, options, flags)
     grid = read_grid(folder)
     if grid.records:
-        print(f"\n{table(grid)}")
+        print(f"\n{tables(grid)}")
     print("all runs that can be made are finished" if complete else "the time is over; the same command goes on")
     print(f"runs: {folder}; the page with the table: python benchmarks/quality.py --table-only --runs {options.runs}")
     return 0
 
 
-def run_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Sequence[str]) -> bool:
+def run_grid(folder: Path, options: argparse.Namespace, data: Sequence[Path], flags: Sequence[str]) -> bool:
     """Seed by seed, so that every row has its first number early -> whether all runs that can be made are finished. A row
     whose label model cannot be had is skipped with a line that says so."""
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
@@ -121,7 +128,7 @@ def run_jobs(folder: Path, options: argparse.Namespace, flags: Sequence[str]) ->
             place = folder / row / f"seed-{seed}"
             command = [sys.executable, __file__, "--rows", row, "--seeds", str(seed), "--size", options.size]
             command += ["--name", folder.name, "--runs", str(options.runs), "--part-of-grid"]
-            command += [] if options.data is None else ["--data", str(options.data)]
+            command += [] if options.data is None else ["--data", *map(str, options.data)]
             if options.minutes is not None:
                 command += ["--minutes", str(options.minutes - (time.monotonic() - started) / 60)]
             place.mkdir(parents=True, exist_ok=True)
@@ -145,25 +152,32 @@ def check_same_options(run) -> None:
         raise SystemExit(f"{run.folder} was made with other options ({changes}); give the grid another --name")
 
 
-def write_grid(folder: Path, options: argparse.Namespace, data: Path, flags: Sequence[str]) -> None:
-    """What the table says about the grid, and the order of its rows; rows of earlier calls stay."""
-    paths = coco_folder(data)
+def describe_data(folder: Path) -> tuple[str, bool]:
+    """Name and number of images, and whether they are generated scenes."""
+    paths = coco_folder(folder)
     documents = [json.loads(paths[split].read_text(encoding="utf-8")) for split in ("train", "val")]
     generated = documents[0].get("info", {}).get("generator") == GENERATOR_NAME
     counts = " + ".join(str(len(document["images"])) for document in documents)
+    return f"{'generated scenes' if generated else folder.name} ({counts} images)", generated
+
+
+def write_grid(folder: Path, options: argparse.Namespace, data: Sequence[Path], flags: Sequence[str]) -> None:
+    """What the table says about the grid, and the order of its rows; rows of earlier calls stay."""
+    described = [describe_data(place) for place in dict.fromkeys(data)]
     path = folder / "grid.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "seeds": []}
     rows = list(dict.fromkeys([*earlier["rows"], *options.rows]))
     seeds = sorted({*earlier["seeds"], *options.seeds})
-    where = [] if options.data is None else ["--data", f"DATA/{data.name}"]
+    where = [] if options.data is None else ["--data", *(f"DATA/{place.name}" for place in data)]
     named = [] if options.name is None else ["--name", options.name]
     command = ["python", "benchmarks/quality.py", "--size", options.size, "--rows", *rows]
     shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]  # the page names no path of the machine
     command += ["--seeds", *map(str, seeds), *where, *named, *shown]
     info = {
-        "data": f"{'generated scenes' if generated else data.name} ({counts} images)",
+        "data": ", ".join(text for text, _ in described),
+        "others": [place.name for place in dict.fromkeys(data)][1:],
         "size": options.size,
-        "generated": generated,
+        "generated": all(generated for _, generated in described),
         "rows": rows,
         "seeds": seeds,
         "command": shlex.join(command),
@@ -188,7 +202,7 @@ def write_results_page(runs: Path, output: Path, name: str | None) -> None:
             sheet.save(place, quality=88)
             print(f"written: {place}")
         sections[grid.name] = section(grid, place.name if sheet is not None and grid.info["generated"] else None)
-        print(f"\n{grid.name}\n{table(grid)}")
+        print(f"\n{grid.name}\n{tables(grid)}")
     if not sections:
         raise SystemExit(f"no finished run under {runs}{'' if name is None else f'/{name}'}")
     write_page(output, sections)

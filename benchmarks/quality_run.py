@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 
 from sim_hf.data import DetectionCollator, EvalTransform, SeededDataset, load_coco
 from sim_hf.evaluation.diagnostics import mask_diagnostics
+from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.prediction import names_of, predict_rows
 from sim_hf.evaluation.results import write_results
 from sim_hf.structures import box_masks
@@ -62,7 +63,7 @@ class Run:
         return parse_arguments(["--config", str(path), *self.flags])
 
 
-def make_run(row: str, seed: int, *, size: str, data: Path, folder: Path, flags: Sequence[str] = ()) -> Run:
+def make_run(row: str, seed: int, *, size: str, data: Sequence[Path], folder: Path, flags: Sequence[str] = ()) -> Run:
     """The settings of the size, those of the row over them, and what belongs to this run alone."""
     row_options = read_config(CONFIGS / f"quality-{row}.yaml")
     foreign = sorted(set(row_options) - ROW_OPTIONS)
@@ -73,7 +74,7 @@ def make_run(row: str, seed: int, *, size: str, data: Path, folder: Path, flags:
     options = {
         **read_config(CONFIGS / f"quality-size-{size}.yaml"),
         **row_options,
-        "data": [str(data)],
+        "data": [str(place) for place in data],
         "seed": seed,
         "output_dir": str(folder / "train"),
         "resume": "auto",
@@ -117,7 +118,7 @@ def finish(run: Run, deadline: float | None = None) -> None:
     save_pictures(trainer, run.folder / "pictures")
     write_results(
         run.results,
-        {**metrics, **training_image_quality(trainer), **prototype_state(trainer)},
+        {**metrics, **metrics_of_others(trainer), **training_image_quality(trainer), **prototype_state(trainer)},
         extra={
             "row": run.row,
             "seed": run.seed,
@@ -148,10 +149,23 @@ def prototype_state(trainer: Trainer) -> dict[str, float]:
     return {"prototype_cosine": float(bank.diversity()), "prototype_usage": float(bank.usage_entropy())}
 
 
+def metrics_of_others(trainer: Trainer) -> dict[str, float | None]:
+    """COCO numbers on the validation images of the second and further folders, as FOLDER/segm/AP and so on."""
+    found: dict[str, float | None] = {}
+    for folder in list(dict.fromkeys(map(Path, trainer.data_arguments.data)))[1:]:
+        annotations = folder / "instances_val.json"
+        metrics, _ = evaluate_model(
+            trainer.exported, trainer.processor, load_coco(folder / "images", annotations), annotations, progress=folder.name
+        )
+        found |= {f"{folder.name}/{name}": value for name, value in metrics.items()}
+    return found
+
+
 @torch.no_grad()
 def training_image_quality(trainer: Trainer, limit: int = MEASURED_IMAGES) -> dict[str, float]:
-    """Masks on training images against the real ones, which only `full` has seen: the exported network's mask of each given
-    box (its matched query), the pseudo mask where there are any, the box filled in; and the diagnostics of the former."""
+    """Masks on training images of the first folder against the real ones, which only `full` has seen: the exported network's
+    mask of each given box (its matched query), the pseudo mask where there are any, the box filled in; and the diagnostics of
+    the first of these."""
     folder = Path(trainer.data_arguments.data[0])
     rows = load_coco(folder / "images", folder / "instances_train.json", with_masks=True)
     if trainer.step.second_phase:

@@ -65,6 +65,22 @@ def read_grid(folder: Path) -> Grid:
     return Grid(folder.name, folder, info, records)
 
 
+def tables(grid: Grid) -> str:
+    """Of the first folder of the data, and for each other one its AP."""
+    return "\n\n".join([table(grid), *(table_of_other(grid, name) for name in grid.info.get("others", []))])
+
+
+def table_of_other(grid: Grid, name: str) -> str:
+    """AP on the validation images of another folder that was trained on as well."""
+    columns = [column for column in COLUMNS if "/" in column[1]]
+    lines = [f"| validation images of {name} | " + " | ".join(title for title, *_ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row, records in grid.records.items():
+        cells = [_cell([record.get(f"{name}/{key}") for record in records], factor, digits) for _, key, factor, digits in columns]
+        lines.append(f"| `{row}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(grid: Grid) -> str:
     """One line for each row of the grid, and one for boxes filled in."""
     lines = ["| supervision | " + " | ".join(title for title, *_ in COLUMNS) + " | seeds | steps |"]
@@ -87,7 +103,7 @@ def section(grid: Grid, picture: str | None = None) -> str:
     lines = [
         f"## {grid.info['data']}, {grid.info['size']}",
         "",
-        table(grid),
+        tables(grid),
         "",
         f"* Command: `{grid.info['command']}`",
         f"* Hardware: {_joined(_hardware(record['machine']) for record in everything)}"

@@ -105,6 +105,21 @@ def test_a_killed_grid_goes_on_to_the_same_numbers(flags, finished, tmp_path, mo
     assert {k: v for k, v in unbroken.items() if k not in changing} == {k: v for k, v in continued.items() if k not in changing}
 
 
+def test_two_folders_are_trained_on_together_and_measured_one_by_one(flags, tmp_path, capsys):
+    other = write_scenes(tmp_path / "other-scenes", num_train=4, num_val=3, seed=1, size=64, progress=False)
+    first, *rest = flags[1:]
+    command = ["--rows", "boxinst", "--runs", str(tmp_path / "runs"), "--data", first, first, str(other), *rest]
+    assert quality.main(command) == 0
+    assert "| validation images of other-scenes | mask AP | AP50 |" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "tiny-few-scenes-other-scenes"
+    record = json.loads((folder / "boxinst" / "seed-0" / "results.json").read_text())
+    assert record["options"]["data"] == [first, first, str(other)]
+    assert {"segm/AP", "other-scenes/segm/AP", "other-scenes/bbox/AP"} <= set(record) and "few-scenes/segm/AP" not in record
+    info = json.loads((folder / "grid.json").read_text())
+    assert info["others"] == ["other-scenes"] and info["generated"] and "(6 + 2 images)" in info["data"]
+    assert "--data DATA/few-scenes DATA/few-scenes DATA/other-scenes" in info["command"]
+
+
 def test_when_the_time_is_over_a_run_leaves_a_checkpoint_and_goes_on_later(flags, tmp_path, capsys):
     assert grid(flags, tmp_path, "--minutes", "0") == 0
     assert "the time is over" in capsys.readouterr().out
@@ -195,7 +210,7 @@ def test_a_row_that_changes_more_than_the_supervision_is_refused(tmp_path, monke
         (tmp_path / f"{name}.yaml").write_text(text)
     monkeypatch.setattr(quality_run, "CONFIGS", tmp_path)
     with pytest.raises(ValueError, match="may only change the supervision, not max_steps"):
-        quality_run.make_run("longer", 0, size="tiny", data=tmp_path, folder=tmp_path)
+        quality_run.make_run("longer", 0, size="tiny", data=[tmp_path], folder=tmp_path)
 
 
 def test_sim_paper_states_every_number_so_that_new_defaults_cannot_change_it():
