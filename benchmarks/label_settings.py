@@ -29,6 +29,7 @@ CHOICES = {
     "blob_radius": (1.0, 1.15, 1.25, 1.4),
     "trust_power": (1.0, 2.0, 3.0),
     "crop_below": (0.0, 0.25, 0.5, 1.0),
+    "crop_margins": ((0.35,), (0.8,), (0.35, 0.8), (0.2, 0.6, 1.2), (0.35, 0.8, 1.5, 2.5)),
     "prompt_weight": (0.0, 1.0, 3.0, 10.0, 1e6),
     "flip": (True, False),
     "pixel_competition": (True, False),

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.labeling import LabelOptions, _blended, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
+from sim_hf.labeling import LabelOptions, _blended, _decide, _views, _weigh_queries, _WeightedMap, masks_for_boxes
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 
@@ -157,3 +157,15 @@ def test_masks_of_overlapping_boxes_share_their_pixels():
         for options in (LabelOptions(pixel_competition=False), LabelOptions())
     ]
     assert both[0] > 0.95 * 16 * 32 and both[1] < 0.7 * both[0]
+
+
+def test_small_boxes_are_cut_out_narrow_and_wide_and_the_whole_picture_only_once():
+    boxes = torch.tensor([[40.0, 30.0, 60.0, 40.0], [0.0, 0.0, 90.0, 80.0]])
+    options = LabelOptions(crop_margins=(0.2, 1.2, 2.5), flip=False)
+    views = _views((100, 80), boxes, options)
+    # The first box is 20 wide: squares of 28, 68 and 120 pixels around (50, 35), the last of which is the picture itself.
+    assert [(view.region, view.owners) for view in views] == [
+        ((0, 0, 100, 80), [0, 1]), ((36, 21, 65, 50), [0]), ((16, 1, 85, 70), [0]),
+    ]  # fmt: skip
+    mirrored = _views((100, 80), boxes, LabelOptions(crop_margins=(0.2,)))[-1]
+    assert mirrored.mirrored and mirrored.boxes(boxes).tolist() == [[5.0, 9.0, 25.0, 19.0]]

@@ -1,6 +1,6 @@
 """Boxes in, masks out: one mask for every given box of a picture.
 
-The network sees the whole picture and, on request, an enlarged crop around each small box, where even a small object is many
+The network sees the whole picture and enlarged crops around each small box, narrow and wide, where even a small object is many
 cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive
 mask weighting (SIM, Eq. 6) at inference. A network that takes box prompts is also asked for the box itself, and its answer is
 one more query, which counts `prompt_weight` times. The weighted map is thresholded where its extent agrees best with the box.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -30,16 +30,16 @@ _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2)  # the first wins ties
 
 @dataclass
 class LabelOptions:
-    """crop_below: boxes whose longer side is below this share of the picture's get an enlarged view as well (0: never, 1:
-    always). crop_margin: what such a view adds around the box, as a share of its longer side. flip: every view is also looked at
-    mirrored. prompt_weight: how many queries the answer to a box prompt counts for. mu: sharpness of the weighting.
-    class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box instead of 0.5.
+    """crop_below: boxes whose longer side is below this share of the picture's get enlarged views as well (0: never, 1:
+    always), one for each of crop_margins: what the view adds around the box, as a share of its longer side. flip: every view
+    is also looked at mirrored. prompt_weight: how many queries the answer to a box prompt counts for. mu: sharpness of the
+    weighting. class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box, not 0.5.
     trust_power: the queries' part against the blob's is agreement^trust_power. blob_radius: where the blob has faded to 0, in
     half sides of the box. pixel_competition: masks whose boxes overlap share the pixels there.
     """
 
     crop_below: float = 0.5
-    crop_margin: float = 0.35
+    crop_margins: tuple[float, ...] = (0.2, 0.6, 1.2)
     flip: bool = True
     prompt_weight: float = 3.0
     mu: float = 5.0
@@ -106,10 +106,10 @@ def masks_for_boxes(
     boxes_n4 = torch.as_tensor(boxes_n4, dtype=torch.float32).cpu().reshape(-1, 4)
     num_boxes = len(boxes_n4)
     labels = [None] * num_boxes if labels_n is None else list(labels_n)
-    views = _views(picture, boxes_n4, options)
+    views = _views(picture.size, boxes_n4, options)
     sums = [_WeightedMap.empty(pixel_region(box_4, height, width)) for box_4 in boxes_n4]
     for start in range(0, len(views), options.batch_size):
-        _add_views(model, processor, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
+        _add_views(model, processor, picture, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
     maps = [_blended(total, options) for total in sums]
     if options.pixel_competition:
         maps = _competed(maps, [total.region for total in sums])
@@ -138,19 +138,28 @@ def network_labeller(model: nn.Module, processor, options: LabelOptions | None =
 
 @dataclass
 class _View:
-    """A picture or a crop of it, the boxes that it is for, where it lies in the picture, and whether it is mirrored."""
+    """A part of the picture (left, top, right, bottom), the boxes that it is for, and whether it is looked at mirrored."""
 
-    picture: Image.Image
+    region: tuple[int, int, int, int]
     owners: list[int]
-    left: int = 0
-    top: int = 0
     mirrored: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the picture."""
+        left, top, right, bottom = self.region
+        return right - left, bottom - top
+
+    def pixels(self, picture: Image.Image) -> Image.Image:
+        """Cut out of the picture. Made when it is looked at: all views of a large picture together would fill the memory."""
+        part = picture.crop(self.region)
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else part
 
     def boxes(self, boxes_n4: Tensor) -> Tensor:
         """The boxes of its owners in its own pixels -> (owners, 4)."""
-        x1, y1, x2, y2 = (boxes_n4[self.owners] - torch.tensor([self.left, self.top] * 2)).unbind(-1)
+        x1, y1, x2, y2 = (boxes_n4[self.owners] - torch.tensor([*self.region[:2]] * 2)).unbind(-1)
         if self.mirrored:
-            x1, x2 = self.picture.width - x2, self.picture.width - x1
+            x1, x2 = self.size[0] - x2, self.size[0] - x1
         return torch.stack([x1, y1, x2, y2], dim=-1)
 
 
@@ -177,26 +186,27 @@ class _WeightedMap:
         return self.agreement / max(self.weight, 1e-12)
 
 
-def _views(picture: Image.Image, boxes_n4: Tensor, options: LabelOptions) -> list[_View]:
-    """The whole picture for all boxes, and a square crop around each small one, cut at the border of the picture."""
+def _views(picture_size: tuple[int, int], boxes_n4: Tensor, options: LabelOptions) -> list[_View]:
+    """The whole picture for all boxes, and square crops around each small one, cut at the border of the picture."""
     if len(boxes_n4) == 0:
         return []
-    height, width = picture.height, picture.width
-    views = [_View(picture, list(range(len(boxes_n4))))]
-    for i, (x1, y1, x2, y2) in enumerate(boxes_n4.tolist()):
-        longer = max(x2 - x1, y2 - y1)
-        if longer >= options.crop_below * max(height, width):
-            continue
-        side = longer * (1 + 2 * options.crop_margin)
-        left, top = max(0, int((x1 + x2 - side) / 2)), max(0, int((y1 + y2 - side) / 2))
-        left, top = min(left, width - 1), min(top, height - 1)
-        right, bottom = min(width, int((x1 + x2 + side) / 2) + 1), min(height, int((y1 + y2 + side) / 2) + 1)
-        region = (left, top, max(right, left + 1), max(bottom, top + 1))
-        views.append(_View(picture.crop(region), [i], left, top))
-    if options.flip:
-        flipped = Image.Transpose.FLIP_LEFT_RIGHT
-        views += [_View(v.picture.transpose(flipped), v.owners, v.left, v.top, mirrored=True) for v in views]
-    return views
+    whole = (0, 0, *picture_size)
+    views = [_View(whole, list(range(len(boxes_n4))))]
+    for i, box_4 in enumerate(boxes_n4):
+        if float((box_4[2:] - box_4[:2]).max()) < options.crop_below * max(picture_size):
+            regions = dict.fromkeys(_crop_region(box_4, picture_size, margin) for margin in options.crop_margins)
+            views += [_View(region, [i]) for region in regions if region != whole]
+    return views + [replace(view, mirrored=True) for view in views] if options.flip else views
+
+
+def _crop_region(box_4: Tensor, picture_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
+    """The pixels of a square around a box that lie in the picture, at least one -> (left, top, right, bottom)."""
+    (width, height), (x1, y1, x2, y2) = picture_size, box_4.tolist()
+    side = max(x2 - x1, y2 - y1) * (1 + 2 * margin)
+    left, top = max(0, int((x1 + x2 - side) / 2)), max(0, int((y1 + y2 - side) / 2))
+    left, top = min(left, width - 1), min(top, height - 1)
+    right, bottom = min(width, int((x1 + x2 + side) / 2) + 1), min(height, int((y1 + y2 + side) / 2) + 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
 def pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
@@ -207,13 +217,13 @@ def pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int,
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def _add_views(model, processor, views: list[_View], boxes_n4: Tensor, labels, options: LabelOptions, sums) -> None:
+def _add_views(model, processor, picture, views: list[_View], boxes_n4: Tensor, labels, options: LabelOptions, sums) -> None:
     """Run a batch of views and add what they say about each of their boxes to `sums`, in place."""
     device = next(model.parameters()).device
-    inputs = processor([view.picture for view in views], return_tensors="pt")
+    inputs = processor([view.pixels(picture) for view in views], return_tensors="pt")
     sizes_B2 = torch.tensor([[int(side) for side in size] for size in inputs["input_sizes"]])
     boxes = [
-        view.boxes(boxes_n4) * torch.tensor([width / view.picture.width, height / view.picture.height] * 2)
+        view.boxes(boxes_n4) * torch.tensor([width / view.size[0], height / view.size[1]] * 2)
         for view, (height, width) in zip(views, sizes_B2.tolist(), strict=True)
     ]
     asked = {}
@@ -239,12 +249,12 @@ def _add_views(model, processor, views: list[_View], boxes_n4: Tensor, labels, o
             weight_Q = weight_Q * counts_Q
             map_hw = torch.einsum("q,qhw->hw", weight_Q, mask_Qhw)[None, None]
             map_hw = functional.interpolate(map_hw, padded, mode="bilinear")[:, :, :height, :width]
-            map_hw = functional.interpolate(map_hw, (view.picture.height, view.picture.width), mode="bilinear")[0, 0]
+            map_hw = functional.interpolate(map_hw, view.size[::-1], mode="bilinear")[0, 0]
             if view.mirrored:
                 map_hw = map_hw.flip(-1)
             total = sums[owner]
-            left, top, right, bottom = total.region
-            total.map_hw += map_hw[top - view.top : bottom - view.top, left - view.left : right - view.left]
+            (left, top, right, bottom), (x, y, _, _) = total.region, view.region
+            total.map_hw += map_hw[top - y : bottom - y, left - x : right - x]
             total.agreement += float((weight_Q * agreement_Q).sum())
             total.weight += float(weight_Q.sum())
 
