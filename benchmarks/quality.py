@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from quality_run import CONFIGS, OutOfTimeError, finish, make_run
-from quality_table import picture_sheet, read_grid, section, tables, write_page
+from quality_table import picture_sheet, read_grid, section, summary, tables, write_page
 from sim_hf.data import write_scenes
 from sim_hf.data.scenes import GENERATOR_NAME
 from sim_hf.promptable_segmenter import UnavailableError
@@ -188,12 +188,10 @@ def write_grid(folder: Path, options: argparse.Namespace, data: Sequence[Path], 
 
 def write_results_page(runs: Path, output: Path, name: str | None) -> None:
     """Sections of all grids (or the named one) that have a finished run, and their sheets of pictures."""
-    sections = {}
-    for path in sorted(runs.glob("*/grid.json")):
-        if name is not None and path.parent.name != name:
-            continue
-        grid = read_grid(path.parent)
-        if not grid.records:
+    grids = [grid for path in sorted(runs.glob("*/grid.json")) if (grid := read_grid(path.parent)).records]
+    sections = {"summary": text} if (text := summary(grids)) else {}
+    for grid in grids:
+        if name is not None and grid.name != name:
             continue
         sheet = picture_sheet(grid)
         place = output.parent / f"{output.stem}-{grid.name}.jpg" if grid.info["generated"] else grid.folder / "sheet.jpg"
@@ -203,7 +201,7 @@ def write_results_page(runs: Path, output: Path, name: str | None) -> None:
             print(f"written: {place}")
         sections[grid.name] = section(grid, place.name if sheet is not None and grid.info["generated"] else None)
         print(f"\n{grid.name}\n{tables(grid)}")
-    if not sections:
+    if not sections or name not in [None, *sections]:
         raise SystemExit(f"no finished run under {runs}{'' if name is None else f'/{name}'}")
     write_page(output, sections)
     print(f"written: {output}")

@@ -65,6 +65,30 @@ def read_grid(folder: Path) -> Grid:
     return Grid(folder.name, folder, info, records)
 
 
+def summary(grids: Sequence[Grid]) -> str:
+    """The paper's question, one line for every grid and set of validation images that can answer it; empty where none can."""
+    lines = []
+    for grid in grids:
+        sets = ["", *(f"{other}/" for other in grid.info.get("others", []))]
+        for data, prefix in zip(grid.info["data"].split(", "), sets, strict=True):
+            ap = {
+                row: {record["seed"]: record[f"{prefix}segm/AP"] for record in grid.records.get(row, [])}
+                for row in ("boxinst", "sim", "full")
+            }
+            seeds = sorted(set.intersection(*map(set, ap.values())))
+            if seeds:
+                boxinst, sim, full = ([ap[row][seed] for seed in seeds] for row in ap)
+                gains = [ours - theirs for ours, theirs in zip(sim, boxinst, strict=True)]
+                cells = [_cell(values, PERCENT, 1) for values in (boxinst, sim, full, gains)]
+                share = f"{statistics.mean(sim) / statistics.mean(full):.0%}"
+                lines.append("| " + " | ".join([data, f"`{grid.name}`", str(len(seeds)), *cells, share]) + " |")
+    head = [
+        "| validation images of | table | seeds | `boxinst` | `sim` | `full` | sim - boxinst | sim / full |",
+        "|---" * 8 + "|",
+    ]
+    return "\n".join([*head, *lines, ""]) if lines else ""
+
+
 def tables(grid: Grid) -> str:
     """Of the first folder of the data, and for each other one its AP."""
     return "\n\n".join([table(grid), *(table_of_other(grid, name) for name in grid.info.get("others", []))])
