@@ -1,5 +1,6 @@
 """Images in, instances out: sizes, padding, and masks that land exactly where they were predicted."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from sim_hf.models.sim import PRESETS, SIMImageProcessor
 from sim_hf.models.sim.image_processing_sim import PRESET_SIZES
+from sim_hf.models.sim.instance_postprocessing import mask_overlap, soft_nms
 
 
 def picture(height, width, seed=0):
@@ -129,6 +131,9 @@ def test_every_preset_has_its_size_and_survives_saving(tmp_path):
         processor.save_pretrained(tmp_path)
         loaded = SIMImageProcessor.from_pretrained(tmp_path)
         assert dict(loaded.size) == size and loaded.size_divisor == 32 and loaded.mask_stride == 4
+        assert loaded.soft_nms_sigma == 0.5
+    SIMImageProcessor(soft_nms_sigma=0).save_pretrained(tmp_path)
+    assert SIMImageProcessor.from_pretrained(tmp_path).soft_nms_sigma == 0
     with pytest.raises(ValueError, match="unknown preset 'huge'"):
         SIMImageProcessor.from_preset("huge")
 
@@ -208,7 +213,7 @@ def test_no_pixel_differs_from_interpolating_the_whole_grid_twice(original, size
     logits[:, :, rows:] = logits[:, :, rows - 1 : rows]
     logits[..., columns:] = logits[..., columns - 1 : columns]
     outputs = outputs_for([[*logits[0]]], [[0] * 20], grid=(64, 64))
-    (result,) = SIMImageProcessor().post_process_instance_segmentation(
+    (result,) = SIMImageProcessor(soft_nms_sigma=0).post_process_instance_segmentation(
         outputs, [original], [size], threshold=0.5, max_instances=20
     )
     assert len(result["masks"]) > 10
@@ -275,6 +280,37 @@ def test_one_query_may_stand_for_two_classes_and_the_best_come_first():
     assert result["labels"].tolist() == [1, 0] and result["scores"][0] > result["scores"][1]
     (best,) = process(outputs, [(32, 32)], [(32, 32)], threshold=0.01, max_instances=1)
     assert best["labels"].tolist() == [1]
+
+
+def test_soft_nms_lowers_the_scores_of_worse_masks_of_the_same_class():
+    """By hand, sigma 0.5: exp(-2 IoU^2) of the score is left, for every better one; the third is better once the second fell."""
+    overlap = torch.tensor([[1.0, 0.8, 0.5, 0.8], [0.8, 1.0, 0.1, 0.8], [0.5, 0.1, 1.0, 0.5], [0.8, 0.8, 0.5, 1.0]])
+    scores = soft_nms(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 0, 0, 1]), overlap, 0.5)
+    third = 0.7 * math.exp(-2 * 0.5**2)  # 0.42
+    second = 0.8 * math.exp(-2 * 0.8**2) * math.exp(-2 * 0.1**2)  # 0.22
+    torch.testing.assert_close(scores, torch.tensor([0.9, second, third, 0.6]))
+
+
+def test_the_overlap_of_masks_is_their_iou_and_queries_may_stand_twice():
+    masks = torch.zeros(4, 6, 6, dtype=torch.bool)
+    masks[0, :4, :4], masks[1, :4, :2], masks[2, 4:, 4:] = True, True, True  # 16, 8 and 4 cells; the last is empty
+    overlap = mask_overlap(masks, torch.tensor([1, 0, 1, 2, 3]))
+    row = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.0])
+    assert torch.equal(overlap[0], row) and torch.equal(overlap[2], row)
+    assert torch.equal(overlap, overlap.T) and overlap.diagonal().tolist() == [1, 1, 1, 1, 0]
+
+
+def test_an_object_that_is_found_twice_has_one_instance_above_the_threshold():
+    grid = (32, 32)
+    masks = [disc_logits(grid, (50, 50), 30), disc_logits(grid, (52, 50), 30), disc_logits(grid, (50, 50), 29)]
+    outputs = outputs_for([masks], [[0, 0, 1]], grid=grid)
+    outputs.class_queries_logits[0, 1, -1] = 8.0  # less sure than the first
+    process = [SIMImageProcessor(soft_nms_sigma=sigma).post_process_instance_segmentation for sigma in (0.5, 0)]
+    once, twice = (run(outputs, [(128, 128)], [(128, 128)])[0] for run in process)
+    assert sorted(once["labels"].tolist()) == [0, 1] and sorted(twice["labels"].tolist()) == [0, 0, 1]
+    (everything,) = process[0](outputs, [(128, 128)], [(128, 128)], threshold=0.0, max_instances=3)
+    assert everything["scores"].tolist() == sorted(everything["scores"].tolist(), reverse=True)
+    assert everything["scores"][0] == twice["scores"][0] and 0 < everything["scores"][2] < 0.3 * twice["scores"][2]
 
 
 def test_overlapping_masks_are_kept_and_boxes_are_tight():

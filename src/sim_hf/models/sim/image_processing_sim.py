@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,12 @@ PRESET_SIZES: dict[str, dict[str, int]] = {
 
 
 class SIMImageProcessorKwargs(ImagesKwargs, total=False):
-    """size_divisor: heights and widths of a batch are rounded up to it. mask_stride: input pixels per mask cell."""
+    """size_divisor: heights and widths of a batch are rounded up to it. mask_stride: input pixels per mask cell.
+    soft_nms_sigma: of several masks of one object and class the worse ones lose score (Soft-NMS); 0: they keep it."""
 
     size_divisor: int
     mask_stride: int
+    soft_nms_sigma: float
 
 
 class SIMImageProcessor(TorchvisionBackend):
@@ -57,6 +60,7 @@ class SIMImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     size_divisor = 32
     mask_stride = 4
+    soft_nms_sigma = 0.5
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
 
     @classmethod
@@ -81,6 +85,8 @@ class SIMImageProcessor(TorchvisionBackend):
             ):
                 if any(type(length) is not int or length < 1 for length in lengths.values()):
                     raise TypeError(f"{name} must be given in whole pixels, got {getattr(processor, name)}")
+            if type(processor.soft_nms_sigma) not in (int, float) or not 0 <= processor.soft_nms_sigma < math.inf:
+                raise TypeError(f"soft_nms_sigma must be a number of at least 0, got {processor.soft_nms_sigma}")
             processor(images=Image.new("RGB", (1, 1)), size={"height": 1, "width": 1}, do_pad=False)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"not the preprocessing of {cls.__name__}: {error}") from error
@@ -158,7 +164,8 @@ class SIMImageProcessor(TorchvisionBackend):
         """Instances per image, best first: `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy and `masks` (n, H, W) bool.
 
         original_sizes, input_sizes: (height, width) of each image before resizing and before padding, as this processor
-        returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former);
+        returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former), less
+        where a better instance of the class has much the same mask (`soft_nms_sigma`; 0 leaves Mask2Former's scores);
         one query may appear for several classes. Masks may overlap; a box is the tight box of its mask. Mask logits are
         resized twice, as by Mask2Former: to the input, of which the image's part is taken, and to the original image.
 
@@ -203,6 +210,7 @@ class SIMImageProcessor(TorchvisionBackend):
                 threshold=threshold,
                 mask_threshold=mask_threshold,
                 max_instances=max_instances,
+                soft_nms_sigma=self.soft_nms_sigma,
             )
             for index in range(len(mask_logits))
         ]

@@ -51,10 +51,12 @@ def image_instances(
     threshold: float,
     mask_threshold: float,
     max_instances: int,
+    soft_nms_sigma: float = 0.0,
 ) -> dict[str, Any]:
     """The instances of one image, best first -> `scores` (N,), `labels` (N,), `boxes` (N, 4) xyxy on the device of the logits,
     and on the CPU `corners` (N, 2) and `crops`, N masks (S, T) bool. A crop is what lies in a mask's box, column by column,
-    as run lengths go; its first pixel is in column and row `corners`. Instances of one query share a crop."""
+    as run lengths go; its first pixel is in column and row `corners`. Instances of one query share a crop. soft_nms_sigma:
+    above 0, of two instances of a class with much the same mask the worse one loses score (`soft_nms`)."""
     if not 0.0 < mask_threshold < 1.0:
         raise ValueError(f"mask_threshold must lie between 0 and 1, got {mask_threshold}")
     cut = math.log(mask_threshold / (1 - mask_threshold))
@@ -70,7 +72,15 @@ def image_instances(
     scores_N, index_N = scores_QK.flatten().topk(min(max_instances, scores_QK.numel()))
     keep_N = (scores_N >= threshold) & (scores_N > 0)
     scores_N, index_N = scores_N[keep_N], index_N[keep_N]
-    queries = torch.div(index_N, probabilities_QK.shape[1], rounding_mode="floor").tolist()
+    num_classes = probabilities_QK.shape[1]
+    queries_N = torch.div(index_N, num_classes, rounding_mode="floor")
+    if soft_nms_sigma > 0 and len(scores_N) > 1:
+        overlap_NN = mask_overlap(mask_logits_Qhw > cut, queries_N)
+        scores_N = soft_nms(scores_N, index_N % num_classes, overlap_NN, soft_nms_sigma)
+        scores_N, order_N = scores_N.sort(descending=True, stable=True)
+        order_N = order_N[scores_N >= threshold]
+        scores_N, index_N, queries_N = scores_N[: len(order_N)], index_N[order_N], queries_N[order_N]
+    queries = queries_N.tolist()
     pieces = {query: _Piece.resized(mask_logits_Qhw[query], spans[query], y_axis, x_axis, cut) for query in set(queries)}
     crops = _tight_crops(pieces)
     present = [position for position, query in enumerate(queries) if query in crops]
@@ -78,11 +88,33 @@ def image_instances(
     boxes_N4 = torch.tensor([crop.box() for crop in found], dtype=torch.float32).reshape(-1, 4)
     return {
         "scores": scores_N[present],
-        "labels": (index_N % probabilities_QK.shape[1])[present],
+        "labels": (index_N % num_classes)[present],
         "boxes": boxes_N4.to(mask_logits_Qhw.device),
         "corners": boxes_N4[:, :2].long(),
         "crops": [crop.mask_ST for crop in found],
     }
+
+
+def mask_overlap(masks_Qhw: Tensor, queries_N: Tensor) -> Tensor:
+    """IoU on the mask grid of the masks of every two instances; queries_N says whose mask is whose -> (N, N)."""
+    queries_U, place_N = queries_N.unique(return_inverse=True)
+    masks_UP = masks_Qhw[queries_U].flatten(1).float()
+    both_UU, area_U = masks_UP @ masks_UP.T, masks_UP.sum(1)
+    overlap_UU = both_UU / (area_U[:, None] + area_U - both_UU).clamp(min=1)
+    return overlap_UU[place_N][:, place_N]
+
+
+def soft_nms(scores_N: Tensor, labels_N: Tensor, overlap_NN: Tensor, sigma: float) -> Tensor:
+    """Scores after Gaussian Soft-NMS (arXiv 1704.04503, Eq. 3 of its method), with masks in place of boxes: from the best
+    instance down, each multiplies the scores of the others of its class by exp(-IoU^2 / sigma) -> (N,)."""
+    same_NN = labels_N[:, None] == labels_N
+    factor_NN = torch.where(same_NN, (-(overlap_NN**2) / sigma).exp(), 1.0).cpu().numpy()  # one transfer, then a short loop
+    scores, waiting = scores_N.cpu().numpy().copy(), np.ones(len(scores_N), dtype=bool)
+    for _ in range(len(scores)):
+        best = int(np.where(waiting, scores, -1.0).argmax())
+        waiting[best] = False
+        scores[waiting] *= factor_NN[best, waiting]
+    return torch.from_numpy(scores).to(scores_N.device)
 
 
 def full_masks(instances: dict[str, Any], size: tuple[int, int]) -> Tensor:
