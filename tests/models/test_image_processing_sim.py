@@ -292,8 +292,8 @@ def test_soft_nms_lowers_the_scores_of_worse_masks_of_the_same_class():
 
 
 def test_the_overlap_of_masks_is_their_iou_and_queries_may_stand_twice():
-    masks = torch.zeros(4, 6, 6, dtype=torch.bool)
-    masks[0, :4, :4], masks[1, :4, :2], masks[2, 4:, 4:] = True, True, True  # 16, 8 and 4 cells; the last is empty
+    masks = torch.full((4, 6, 6), -2.0)
+    masks[0, :4, :4], masks[1, :4, :2], masks[2, 4:, 4:] = 2.0, 2.0, 2.0  # 16, 8 and 4 cells; the last is empty
     overlap = mask_overlap(masks, torch.tensor([1, 0, 1, 2, 3]))
     row = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.0])
     assert torch.equal(overlap[0], row) and torch.equal(overlap[2], row)

@@ -75,7 +75,7 @@ def image_instances(
     num_classes = probabilities_QK.shape[1]
     queries_N = torch.div(index_N, num_classes, rounding_mode="floor")
     if soft_nms_sigma > 0 and len(scores_N) > 1:
-        overlap_NN = mask_overlap(mask_logits_Qhw > cut, queries_N)
+        overlap_NN = mask_overlap(mask_logits_Qhw, queries_N, cut)
         scores_N = soft_nms(scores_N, index_N % num_classes, overlap_NN, soft_nms_sigma)
         scores_N, order_N = scores_N.sort(descending=True, stable=True)
         order_N = order_N[scores_N >= threshold]
@@ -95,17 +95,17 @@ def image_instances(
     }
 
 
-def mask_overlap(masks_Qhw: Tensor, queries_N: Tensor) -> Tensor:
-    """IoU on the mask grid of the masks of every two instances; queries_N says whose mask is whose -> (N, N)."""
+def mask_overlap(mask_logits_Qhw: Tensor, queries_N: Tensor, cut: float = 0.0) -> Tensor:
+    """IoU on the mask grid (logits above the cut) of every two instances; queries_N says whose mask is whose -> (N, N)."""
     queries_U, place_N = queries_N.unique(return_inverse=True)
-    masks_UP = masks_Qhw[queries_U].flatten(1).float()
+    masks_UP = (mask_logits_Qhw[queries_U] > cut).flatten(1).float()
     both_UU, area_U = masks_UP @ masks_UP.T, masks_UP.sum(1)
     overlap_UU = both_UU / (area_U[:, None] + area_U - both_UU).clamp(min=1)
     return overlap_UU[place_N][:, place_N]
 
 
 def soft_nms(scores_N: Tensor, labels_N: Tensor, overlap_NN: Tensor, sigma: float) -> Tensor:
-    """Scores after Gaussian Soft-NMS (arXiv 1704.04503, Eq. 3 of its method), with masks in place of boxes: from the best
+    """Scores after Gaussian Soft-NMS (arXiv 1704.04503), with masks in place of boxes: from the best
     instance down, each multiplies the scores of the others of its class by exp(-IoU^2 / sigma) -> (N,)."""
     same_NN = labels_N[:, None] == labels_N
     factor_NN = torch.where(same_NN, (-(overlap_NN**2) / sigma).exp(), 1.0).cpu().numpy()  # one transfer, then a short loop
