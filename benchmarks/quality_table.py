@@ -75,15 +75,16 @@ def summary(grids: Sequence[Grid]) -> str:
                 row: {record["seed"]: record[f"{prefix}segm/AP"] for record in grid.records.get(row, [])}
                 for row in ("boxinst", "sim", "full")
             }
-            seeds = sorted(set.intersection(*map(set, ap.values())))
-            if seeds:
-                boxinst, sim, full = ([ap[row][seed] for seed in seeds] for row in ap)
+            seeds = sorted(set(ap["boxinst"]) & set(ap["sim"]))
+            if seeds and ap["full"]:
+                boxinst, sim = ([ap[row][seed] for seed in seeds] for row in ("boxinst", "sim"))
+                full = list(ap["full"].values())
                 gains = [ours - theirs for ours, theirs in zip(sim, boxinst, strict=True)]
                 cells = [_cell(values, PERCENT, 1) for values in (boxinst, sim, full, gains)]
                 share = f"{statistics.mean(sim) / statistics.mean(full):.0%}"
-                lines.append("| " + " | ".join([data, f"`{grid.name}`", str(len(seeds)), *cells, share]) + " |")
+                lines.append("| " + " | ".join([data, f"`{grid.name}`", f"{len(seeds)}, {len(full)}", *cells, share]) + " |")
     head = [
-        "| validation images of | table | seeds | `boxinst` | `sim` | `full` | sim - boxinst | sim / full |",
+        "| validation images | table | seeds, of `full` | `boxinst` | `sim` | `full` | sim - boxinst | sim / full |",
         "|---" * 8 + "|",
     ]
     return "\n".join([*head, *lines, ""]) if lines else ""
