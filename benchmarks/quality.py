@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_results_page(options.runs, options.output, options.name)
         return 0
     data = options.data or [write_scenes(options.runs.parent / "scenes")]
-    folder = options.runs / (options.name or "-".join([options.size, *dict.fromkeys(place.name for place in data)]))
+    names = [place.name for place in dict.fromkeys(data)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise SystemExit(f"two folders of --data are named {', '.join(repeated)}: their numbers could not be told apart")
+    folder = options.runs / (options.name or "-".join([options.size, *names]))
     if not options.part_of_grid:
         write_grid(folder, options, data, flags)
     complete = run_grid(folder, options, data, flags) if options.jobs == 1 else run_jobs(folder, options, flags)

@@ -70,7 +70,7 @@ def summary(grids: Sequence[Grid]) -> str:
     lines = []
     for grid in grids:
         sets = ["", *(f"{other}/" for other in grid.info.get("others", []))]
-        for data, prefix in zip(grid.info["data"].split(", "), sets, strict=True):
+        for data, prefix in zip(grid.info["data"].split(", ", len(sets) - 1), sets, strict=True):
             ap = {
                 row: {record["seed"]: record[f"{prefix}segm/AP"] for record in grid.records.get(row, [])}
                 for row in ("boxinst", "sim", "full")

@@ -120,6 +120,11 @@ def test_two_folders_are_trained_on_together_and_measured_one_by_one(flags, tmp_
     assert "--data DATA/few-scenes DATA/few-scenes DATA/other-scenes" in info["command"]
 
 
+def test_two_folders_of_one_name_are_refused(flags, tmp_path):
+    with pytest.raises(SystemExit, match="two folders of --data are named few-scenes"):
+        quality.main(["--runs", str(tmp_path), "--data", flags[1], str(tmp_path / "few-scenes")])
+
+
 def test_when_the_time_is_over_a_run_leaves_a_checkpoint_and_goes_on_later(flags, tmp_path, capsys):
     assert grid(flags, tmp_path, "--minutes", "0") == 0
     assert "the time is over" in capsys.readouterr().out
@@ -201,6 +206,10 @@ def test_the_summary_compares_the_seeds_that_sim_and_boxinst_share(tmp_path):
     text = quality_table.summary([grid_of(boxinst={0: 0.2, 1: 0.4}, sim={0: 0.3, 1: 0.6, 2: 0.9}, full={1: 0.6})])
     assert "| a (3 + 1 images) | `g` | 2, 1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 60.0 | 15.0 ± 7.1 | 75% |" in text
     assert "| b (2 + 1 images) | `g` | 2, 1 | 15.0 ± 7.1 | 22.5 ± 10.6 | 30.0 | 7.5 ± 3.5 | 75% |" in text
+    commas = quality_table.Grid(
+        "g", tmp_path, {"data": "a, b (3 + 1 images)"}, grid_of(boxinst={0: 0.2}, sim={0: 0.3}, full={0: 0.4}).records
+    )
+    assert "| a, b (3 + 1 images) | `g` | 1, 1 |" in quality_table.summary([commas])
     without_full, without_boxinst = grid_of(boxinst={0: 0.2}, sim={0: 0.3}), grid_of(boxinst={}, sim={0: 0.2}, full={1: 0.1})
     assert quality_table.summary([without_full, without_boxinst]) == ""
 

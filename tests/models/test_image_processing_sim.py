@@ -313,6 +313,15 @@ def test_an_object_that_is_found_twice_has_one_instance_above_the_threshold():
     assert everything["scores"][0] == twice["scores"][0] and 0 < everything["scores"][2] < 0.3 * twice["scores"][2]
 
 
+def test_an_object_that_is_found_very_often_leaves_no_instance_with_a_score_of_zero():
+    """exp(-2) for every better one: after some fifty of them float32 has no number left."""
+    masks = [disc_logits((32, 32), (50, 50), 30)] * 80
+    (result,) = SIMImageProcessor().post_process_instance_segmentation(
+        outputs_for([masks], [[0] * 80], grid=(32, 32)), [(128, 128)], [(128, 128)], threshold=0.0
+    )
+    assert 1 < len(result["scores"]) < 80 and result["scores"].min() > 0
+
+
 def test_overlapping_masks_are_kept_and_boxes_are_tight():
     grid = (32, 32)
     masks = [disc_logits(grid, (50, 50), 30), disc_logits(grid, (70, 60), 25)]

@@ -78,7 +78,7 @@ def image_instances(
         overlap_NN = mask_overlap(mask_logits_Qhw, queries_N, cut)
         scores_N = soft_nms(scores_N, index_N % num_classes, overlap_NN, soft_nms_sigma)
         scores_N, order_N = scores_N.sort(descending=True, stable=True)
-        order_N = order_N[scores_N >= threshold]
+        order_N = order_N[(scores_N >= threshold) & (scores_N > 0)]
         scores_N, index_N, queries_N = scores_N[: len(order_N)], index_N[order_N], queries_N[order_N]
     queries = queries_N.tolist()
     pieces = {query: _Piece.resized(mask_logits_Qhw[query], spans[query], y_axis, x_axis, cut) for query in set(queries)}
@@ -105,8 +105,8 @@ def mask_overlap(mask_logits_Qhw: Tensor, queries_N: Tensor, cut: float = 0.0) -
 
 
 def soft_nms(scores_N: Tensor, labels_N: Tensor, overlap_NN: Tensor, sigma: float) -> Tensor:
-    """Scores after Gaussian Soft-NMS (arXiv 1704.04503), with masks in place of boxes: from the best
-    instance down, each multiplies the scores of the others of its class by exp(-IoU^2 / sigma) -> (N,)."""
+    """Scores after Gaussian Soft-NMS (arXiv 1704.04503), with masks in place of boxes: from the best instance down, each
+    multiplies the scores of the worse ones of its class by exp(-IoU^2 / sigma) -> (N,). Many of them may take one to 0."""
     same_NN = labels_N[:, None] == labels_N
     factor_NN = torch.where(same_NN, (-(overlap_NN**2) / sigma).exp(), 1.0).cpu().numpy()  # one transfer, then a short loop
     scores, waiting = scores_N.cpu().numpy().copy(), np.ones(len(scores_N), dtype=bool)
