@@ -1,7 +1,9 @@
 """What the demo chooses for a start; its runs are in tests/e2e."""
 
+import torch
+
 from factories import NAMES, save_tiny_model, write_shapes
-from sim_hf.demo import _learning_rate
+from sim_hf.demo import _learning_rate, _meet_halfway, _weights
 from sim_hf.training.arguments import DataArguments, ModelArguments
 
 
@@ -16,3 +18,16 @@ def test_a_start_that_knows_all_classes_is_only_refined(tmp_path):
     rates = {name: _learning_rate(ModelArguments(model=str(start)), data) for name, start in starts.items()}
     assert rates == {"all": 5e-5, "upper": 5e-5, "some": 1.5e-4}
     assert _learning_rate(ModelArguments(), data) == 5e-4
+
+
+def test_the_result_of_a_start_that_knows_all_is_the_mean_of_start_and_end():
+    model = torch.nn.BatchNorm1d(2)
+    beginning = _weights(model)  # weight 1, bias 0, 0 batches seen
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([3.0, -1.0]))
+        model.bias.copy_(torch.tensor([0.5, 0.0]))
+        model.num_batches_tracked += 7
+    _meet_halfway(model, beginning)
+    assert model.weight.tolist() == [2.0, 0.0] and model.bias.tolist() == [0.25, 0.0]
+    assert model.num_batches_tracked == 7  # a count is not averaged
+    assert beginning["weight"].tolist() == [1.0, 1.0]
