@@ -39,6 +39,13 @@ class ModelArguments:
     freeze_batch_norm: bool | None = field(
         default=None, metadata={"help": "Freeze the backbone's BatchNorm statistics (default: when weights were loaded)."}
     )
+    num_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "Objects that the network can find in a picture, at least those it has (default: more than that where the "
+            "training images hold more)."
+        },
+    )
     box_prompts: bool | None = field(
         default=None,
         metadata={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from sim_hf.data.hub import load_detection_dataset
 from sim_hf.data.mixture import MixedRows
 from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.models.architectures import InstanceSegmenter, architecture_of, architecture_of_preset, preset_processor
-from sim_hf.models.sim import SIMImageProcessor, load_backbone_weights
+from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor, load_backbone_weights
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.step import TrainingStep
 from sim_hf.training.teacher import EMATeacher, momentum_for_steps
 
 logger = logging.getLogger(__name__)
+SPARE_QUERIES = 1.25  # times the objects of a crowded image: queries that find nothing say so
+MOST_QUERIES = 300
 
 
 @dataclass
@@ -93,9 +96,15 @@ def _hub_data(dataset: str, data: DataArguments) -> RunData:
 
 
 def build_model(
-    model: ModelArguments, *, names: list[str], category_ids: list[int], image_size: int | None = None
+    model: ModelArguments,
+    *,
+    names: list[str],
+    category_ids: list[int],
+    image_size: int | None = None,
+    crowded: int = 0,
 ) -> tuple[Any, SIMImageProcessor, list[str]]:
-    """The network and its image processor -> (model, processor, what was loaded, a line each)."""
+    """The network and its image processor -> (model, processor, what was loaded, a line each). crowded: objects in a crowded
+    training image, for which it gets queries (`crowded_image`)."""
     id2label: Mapping[int, str] = dict(enumerate(names))
     report: list[str] = []
     if model.model:
@@ -120,8 +129,34 @@ def build_model(
     if model.backbone_weights:
         report.append(str(load_backbone_weights(network, model.backbone_weights)))
     network.config.category_ids = list(category_ids)
+    report.extend(_set_queries(network, model.num_queries, crowded))
     report.extend(_set_image_size(processor, image_size))
     return network, processor, report
+
+
+def crowded_image(train: Any) -> int:
+    """Objects in a crowded image: no more than one image in a hundred holds more. 0 for a stream, which nobody has seen yet."""
+    if not isinstance(train, MixedRows):
+        return 0
+    counts = sorted(train.object_counts())
+    return counts[math.ceil(0.99 * len(counts)) - 1] if counts else 0
+
+
+def _set_queries(network: InstanceSegmenter, num_queries: int | None, crowded: int) -> list[str]:
+    """More queries where the user or crowded images ask for them -> what has to be said about it."""
+    if not isinstance(network, SIMForInstanceSegmentation):
+        if num_queries is not None:
+            raise ValueError("--num_queries is for networks with queries, and CondInst has none: it finds any number of objects")
+        return []
+    present = network.config.num_queries
+    if num_queries is None:
+        wanted = min(math.ceil(SPARE_QUERIES * crowded), MOST_QUERIES) if crowded > present else present
+        num_queries = max(wanted, present)
+    if num_queries == present:
+        return []
+    network.resize_queries(num_queries)
+    found = f" (of a hundred training images 99 hold at most {crowded})" if crowded > present else ""
+    return [f"{num_queries} queries instead of {present}: that many objects can be found in a picture{found}"]
 
 
 def _set_image_size(processor: SIMImageProcessor, image_size: int | None) -> list[str]:

@@ -24,7 +24,7 @@ from sim_hf.processes import leave_process_group
 from sim_hf.promptable_segmenter import PromptableSegmenter
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
-from sim_hf.training.assembly import build_data, build_model, build_optimization, build_step
+from sim_hf.training.assembly import build_data, build_model, build_optimization, build_step, crowded_image
 from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.interruption import EXIT_CODE, StopRequest
 from sim_hf.training.loaders import MicroBatches
@@ -79,6 +79,7 @@ class Trainer:
             names=self.data.names,
             category_ids=self.data.category_ids,
             image_size=self.data_arguments.image_size,
+            crowded=crowded_image(self.data.train),
         )
         for line in report:
             self.say(line)

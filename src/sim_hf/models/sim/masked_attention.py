@@ -26,6 +26,8 @@ from .padding import downsample_valid, sine_position_embedding
 # boxes and the sizes of a batch always change.
 _KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+_QUERY_NOISE = 0.5  # of a copied query, in standard deviations of the learned ones
+
 
 class MaskedCrossAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention (same weights) through scaled_dot_product_attention; True in `attn_mask` means "look here".
@@ -204,6 +206,20 @@ class SIMTransformerModule(Mask2FormerTransformerModule):
         super().__init__(in_features, config)
         self.decoder = SIMMaskedAttentionDecoder(config)
         self.box_prompt_encoder = SIMBoxPromptEncoder(config.hidden_dim) if config.box_prompts else None
+
+    @torch.no_grad()
+    def resize_queries(self, num_queries: int) -> None:
+        """More queries: the present ones stay as they are and are copied in turn, each copy shifted by noise, since equal
+        queries would always say the same."""
+        for name in ("queries_features", "queries_embedder"):
+            old = getattr(self, name)
+            more = torch.arange(num_queries - old.num_embeddings, device=old.weight.device) % old.num_embeddings
+            copies = old.weight[more] + _QUERY_NOISE * old.weight.std() * torch.randn_like(old.weight[more])
+            new = nn.Embedding.from_pretrained(torch.cat([old.weight, copies]), freeze=not old.weight.requires_grad)
+            setattr(self, name, new)
+        for module in self.decoder.modules():
+            if isinstance(module, QuerySelfAttention):
+                module.num_queries = num_queries
 
     def forward(
         self,

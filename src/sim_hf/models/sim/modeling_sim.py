@@ -219,6 +219,14 @@ class SIMForInstanceSegmentation(SIMPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def resize_queries(self, num_queries: int) -> None:
+        """Let the network find more objects in a picture, in place: a query finds one. The new queries are copies of the
+        present ones with noise, to be trained. Fewer than now is a ValueError."""
+        if num_queries < self.config.num_queries:
+            raise ValueError(f"the network has {self.config.num_queries} queries; {num_queries} would throw trained ones away")
+        self.model.transformer_module.resize_queries(num_queries)
+        self.config.num_queries = num_queries
+
     def _predictions(self, states_TBC: Tensor, mask_logits_BTHW: Tensor) -> dict[str, Tensor]:
         """Classes and masks of one decoder prediction; the learned queries come first, then the prompts."""
         class_logits_BTK = self.class_predictor(states_TBC.transpose(0, 1))
