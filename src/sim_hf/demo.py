@@ -17,7 +17,8 @@ from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.prediction import names_of
-from sim_hf.models.architectures import architecture_of
+from sim_hf.models.architectures import architecture_of, preset_processor
+from sim_hf.models.sim import SIMImageProcessor
 from sim_hf.training.arguments import (
     ArgumentGroups,
     DataArguments,
@@ -26,6 +27,7 @@ from sim_hf.training.arguments import (
     SupervisionArguments,
 )
 from sim_hf.training.assembly import build_data
+from sim_hf.training.data_demands import fitting_input, typical_object
 from sim_hf.training.periodic import draw_confident, given_boxes, save_model_folder
 from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
 from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
@@ -62,6 +64,7 @@ def run_demo(options: DemoOptions) -> dict:
     data = _data(options)
     _fresh_folder(output)
     print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
+    data = _with_fitting_input(start, data)
     knows_all = _knows_all_classes(start, data)
     arguments = _arguments(options, start, data, "sim", output / "sim")
     steps = options.steps or _steps_that_fit(arguments, options.minutes)
@@ -133,6 +136,17 @@ def _data(options: DemoOptions) -> DataArguments:
     if "/" not in options.data or options.data.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--data {options.data}: no such folder (and not a Hub id of the form owner/name)")
     return replace(arguments, dataset=options.data)
+
+
+def _with_fitting_input(start: ModelArguments, data: DataArguments) -> DataArguments:
+    """A larger input than the start's where the objects would be too small for masks."""
+    processor = SIMImageProcessor.from_pretrained(start.model) if start.model else preset_processor(start.preset)
+    present = processor.size.longest_edge
+    fitting = fitting_input(typical_object(build_data(data, with_masks=False).train), present)
+    if fitting == present:
+        return data
+    print(f"the objects are small: images of {fitting} px instead of {present}")
+    return replace(data, image_size=fitting)
 
 
 def _arguments(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,12 @@ from sim_hf.mask_generation.memory_bank import MemoryBank
 from sim_hf.models.architectures import InstanceSegmenter, architecture_of, architecture_of_preset, preset_processor
 from sim_hf.models.sim import SIMForInstanceSegmentation, SIMImageProcessor, load_backbone_weights
 from sim_hf.training.arguments import DataArguments, ModelArguments, RunArguments, SupervisionArguments, steps_of
+from sim_hf.training.data_demands import queries_for
 from sim_hf.training.optimizer import build_optimizer, build_scheduler
 from sim_hf.training.step import TrainingStep
 from sim_hf.training.teacher import EMATeacher, momentum_for_steps
 
 logger = logging.getLogger(__name__)
-SPARE_QUERIES = 1.25  # times the objects of a crowded image: queries that find nothing say so
-MOST_QUERIES = 300
 
 
 @dataclass
@@ -104,7 +102,7 @@ def build_model(
     crowded: int = 0,
 ) -> tuple[Any, SIMImageProcessor, list[str]]:
     """The network and its image processor -> (model, processor, what was loaded, a line each). crowded: objects in a crowded
-    training image, for which it gets queries (`crowded_image`)."""
+    training image, for which it gets queries (`data_demands.py`)."""
     id2label: Mapping[int, str] = dict(enumerate(names))
     report: list[str] = []
     if model.model:
@@ -134,14 +132,6 @@ def build_model(
     return network, processor, report
 
 
-def crowded_image(train: Any) -> int:
-    """Objects in a crowded image: no more than one image in a hundred holds more. 0 for a stream, which nobody has seen yet."""
-    if not isinstance(train, MixedRows):
-        return 0
-    counts = sorted(train.object_counts())
-    return counts[math.ceil(0.99 * len(counts)) - 1] if counts else 0
-
-
 def _set_queries(network: InstanceSegmenter, num_queries: int | None, crowded: int) -> list[str]:
     """More queries where the user or crowded images ask for them -> what has to be said about it."""
     if not isinstance(network, SIMForInstanceSegmentation):
@@ -150,8 +140,7 @@ def _set_queries(network: InstanceSegmenter, num_queries: int | None, crowded: i
         return []
     present = network.config.num_queries
     if num_queries is None:
-        wanted = min(math.ceil(SPARE_QUERIES * crowded), MOST_QUERIES) if crowded > present else present
-        num_queries = max(wanted, present)
+        num_queries = queries_for(crowded, present)
     if num_queries == present:
         return []
     network.resize_queries(num_queries)

@@ -24,7 +24,8 @@ from sim_hf.processes import leave_process_group
 from sim_hf.promptable_segmenter import PromptableSegmenter
 from sim_hf.structures import CriterionOutput
 from sim_hf.training.arguments import ArgumentGroups, steps_of
-from sim_hf.training.assembly import build_data, build_model, build_optimization, build_step, crowded_image
+from sim_hf.training.assembly import build_data, build_model, build_optimization, build_step
+from sim_hf.training.data_demands import crowded_image, fitting_input, typical_object
 from sim_hf.training.finite import check_finite, sum_over_ranks
 from sim_hf.training.interruption import EXIT_CODE, StopRequest
 from sim_hf.training.loaders import MicroBatches
@@ -81,7 +82,7 @@ class Trainer:
             image_size=self.data_arguments.image_size,
             crowded=crowded_image(self.data.train),
         )
-        for line in report:
+        for line in [*report, *self._hint_for_small_objects()]:
             self.say(line)
         if run.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,6 +119,15 @@ class Trainer:
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+    def _hint_for_small_objects(self) -> list[str]:
+        """Masks of small objects are coarse: an input that the user has not chosen may be too small for them."""
+        present, typical = self.processor.size.longest_edge, typical_object(self.data.train)
+        fitting = present if typical is None else fitting_input(typical, present)
+        if self.data_arguments.image_size is not None or fitting == present:
+            return []
+        small = f"half of the objects are smaller than {typical * present:.0f} of {present} input pixels, and their masks coarse"
+        return [f"hint: {small}; --image_size {fitting} enlarges them (and a step takes longer)"]
 
     def train(self) -> dict:
         """Train to `max_steps` (or `stop_after`), evaluate, export -> the final metrics. SIGTERM ends it after the step it is

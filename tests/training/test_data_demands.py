@@ -1,4 +1,4 @@
-"""Training images with more objects than the network has queries: it gets more."""
+"""What training images ask for: queries for many objects, a larger input for small ones."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 from factories import NAMES, save_tiny_condinst, save_tiny_model, write_shapes
 from sim_hf.data import MixedRows, load_coco
 from sim_hf.training.arguments import ModelArguments
-from sim_hf.training.assembly import build_model, crowded_image
+from sim_hf.training.assembly import build_model
+from sim_hf.training.data_demands import crowded_image, fitting_input, typical_object
 
 
 def rows_with(tmp_path, counts):
@@ -64,3 +65,17 @@ def test_condinst_has_no_queries(tmp_path):
     assert not any("queries instead" in line for line in build(start, 500)[2])
     with pytest.raises(ValueError, match="CondInst has none"):
         build(start, num_queries=100)
+
+
+def test_the_typical_object_is_the_median_as_a_share_of_the_longest_side(tmp_path):
+    mixed = MixedRows([rows_with(tmp_path, [3, 0, 1])])  # of 56 x 64 px: boxes of 10 x 10, 11 x 10, 12 x 10 and 10 x 10
+    assert typical_object(mixed) == pytest.approx((10 + 110**0.5) / 2 / 64)
+    assert typical_object(MixedRows([rows_with(tmp_path / "empty", [0, 0])])) is None and typical_object(iter(())) is None
+
+
+@pytest.mark.parametrize(
+    ("typical", "fitting"),
+    [(None, 256), (0.5, 256), (28 / 256, 256), (0.1, 288), (15 / 256, 480), (0.001, 512)],  # 280, 477.9 and 28000 px
+)
+def test_small_objects_ask_for_a_larger_input(typical, fitting):
+    assert fitting_input(typical, 256) == fitting
