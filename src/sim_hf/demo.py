@@ -142,6 +142,8 @@ def _with_fitting_input(start: ModelArguments, data: DataArguments) -> DataArgum
     """A larger input than the start's where the objects would be too small for masks."""
     processor = SIMImageProcessor.from_pretrained(start.model) if start.model else preset_processor(start.preset)
     present = processor.size.longest_edge
+    if not present:  # a stock checkpoint that squashes images: training chooses
+        return data
     fitting = fitting_input(typical_object(build_data(data, with_masks=False).train), present)
     if fitting == present:
         return data

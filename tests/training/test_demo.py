@@ -1,9 +1,12 @@
 """What the demo chooses for a start; its runs are in tests/e2e."""
 
+import pytest
 import torch
+from transformers import Mask2FormerImageProcessor
 
 from factories import NAMES, save_tiny_model, write_shapes
-from sim_hf.demo import _learning_rate, _meet_halfway, _weights
+from sim_hf import demo
+from sim_hf.demo import _learning_rate, _meet_halfway, _weights, _with_fitting_input
 from sim_hf.training.arguments import DataArguments, ModelArguments
 
 
@@ -31,3 +34,19 @@ def test_the_result_of_a_start_that_knows_all_is_the_mean_of_start_and_end():
     assert model.weight.tolist() == [2.0, 0.0] and model.bias.tolist() == [0.25, 0.0]
     assert model.num_batches_tracked == 7  # a count is not averaged
     assert beginning["weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("typical", "image_size"), [(0.25, 128), (0.3, 96), (0.5, None), (None, None)])  # 16, 19.2, 32 px of 64
+def test_small_objects_are_looked_at_in_a_larger_input(tmp_path, monkeypatch, typical, image_size):
+    monkeypatch.setattr(demo, "typical_object", lambda train: typical)
+    start = ModelArguments(model=str(save_tiny_model(tmp_path / "model")))
+    data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
+    assert _with_fitting_input(start, data).image_size == image_size
+
+
+def test_a_start_that_squashes_images_keeps_its_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "typical_object", lambda train: 0.01)
+    folder = save_tiny_model(tmp_path / "model")
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, ignore_index=255).save_pretrained(folder)
+    data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
+    assert _with_fitting_input(ModelArguments(model=str(folder)), data) is data

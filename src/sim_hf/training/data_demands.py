@@ -32,7 +32,7 @@ def typical_object(train: Any) -> float | None:
     for data without objects. Of a large data set some evenly spaced rows are looked at."""
     if not isinstance(train, MixedRows):
         return None
-    rows = (train[index] for index in range(0, len(train), math.ceil(len(train) / _ROWS_LOOKED_AT)))
+    rows = (train[index] for index in range(0, len(train), len(train) // _ROWS_LOOKED_AT + 1))
     sides = [
         math.sqrt(width * height) / max(row["width"], row["height"])
         for row in rows
