@@ -6,7 +6,7 @@ from transformers import Mask2FormerImageProcessor
 
 from factories import NAMES, save_tiny_model, write_shapes
 from sim_hf import demo
-from sim_hf.demo import _learning_rate, _meet_halfway, _weights, _with_fitting_input
+from sim_hf.demo import _is_at_home, _learning_rate, _meet_halfway, _weights, _with_fitting_input
 from sim_hf.training.arguments import DataArguments, ModelArguments
 
 
@@ -21,6 +21,17 @@ def test_a_start_that_knows_all_classes_is_only_refined(tmp_path):
     rates = {name: _learning_rate(ModelArguments(model=str(start)), data) for name, start in starts.items()}
     assert rates == {"all": 5e-5, "upper": 5e-5, "some": 1.5e-4}
     assert _learning_rate(ModelArguments(), data) == 5e-4
+
+
+def test_the_same_names_in_other_pictures_are_not_home(tmp_path):
+    data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
+    names = dict(enumerate([*NAMES[:-1], "comet"]))
+    knows_all, knows_some = (
+        ModelArguments(model=str(folder))
+        for folder in (save_tiny_model(tmp_path / "all"), save_tiny_model(tmp_path / "some", id2label=names))
+    )
+    assert [_is_at_home(knows_all, data, {"bbox/AP": ap}) for ap in (0.25, 0.24, None)] == [True, False, False]
+    assert not _is_at_home(knows_some, data, {"bbox/AP": 0.9}) and not _is_at_home(ModelArguments(), data, {"bbox/AP": 0.9})
 
 
 def test_the_result_of_a_start_that_knows_all_is_the_mean_of_start_and_end():

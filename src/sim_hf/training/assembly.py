@@ -136,7 +136,7 @@ def _set_queries(network: InstanceSegmenter, num_queries: int | None, crowded: i
     """More queries where the user or crowded images ask for them -> what has to be said about it."""
     if not isinstance(network, SIMForInstanceSegmentation):
         if num_queries is not None:
-            raise ValueError("--num_queries is for networks with queries, and CondInst has none: it finds any number of objects")
+            raise ValueError("--num_queries: CondInst has none, its limit is max_detections of its configuration")
         return []
     present = network.config.num_queries
     if num_queries is None:
