@@ -66,8 +66,9 @@ class InstanceSegmentationPipeline(Pipeline):
         boxes: (n, 4) xyxy pixels of the image, or one such list for each image of a list: masks of exactly these boxes, in
         their order, inside them and with the box as given; `label` is then None (in a stream, records hold their own `boxes`).
         threshold: least score (0.5). mask_threshold: least probability of a mask's pixel (0.5). max_instances: at most this
-        many per image (100). mask_format: "array" (H, W) bool, or "rle", COCO's compressed run lengths. batch_size,
-        num_workers, timeout: as in every pipeline. progress: show a bar for a list or a stream.
+        many per image (100, or as many as the network has queries). mask_format: "array" (H, W) bool, or "rle", COCO's
+        compressed run lengths. batch_size, num_workers, timeout: as in every pipeline. progress: show a bar for a list or a
+        stream.
         """
         if boxes is not None:
             inputs = _with_boxes(inputs, boxes)
@@ -103,7 +104,7 @@ class InstanceSegmentationPipeline(Pipeline):
         items: list[dict[str, Any]],
         threshold: float = DEFAULT_THRESHOLD,
         mask_threshold: float = 0.5,
-        max_instances: int = 100,
+        max_instances: int | None = None,
     ) -> list[dict[str, Any]]:
         """Masks are made here, on the device of the network; what leaves it is small."""
         results: list[Any] = [None] * len(items)

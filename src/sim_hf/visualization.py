@@ -30,6 +30,7 @@ PALETTE = (
 )
 _FILL_OPACITY, _SHADOW_OPACITY = 0.42, 0.35
 _MIN_SIDE = 640
+_MOST_NAMES = 30
 _NORMAL_QUANTILES = torch.special.ndtri(torch.linspace(0, 1, 256).clamp(1e-3, 1 - 1e-3)).numpy()
 _INK, _MUTED, _PAPER = (38, 42, 48), (105, 112, 122), (255, 255, 255)
 
@@ -42,7 +43,7 @@ def draw_instances(
     id2label: Mapping[int, str] | None = None,
     *,
     threshold: float = 0.0,
-    max_instances: int = 30,
+    max_instances: int = 300,
     side: int | None = None,
     with_boxes: bool = True,
     with_masks: bool = True,
@@ -53,7 +54,8 @@ def draw_instances(
 
     result: the post-processing's format, `boxes` (n, 4) xyxy and `labels` (n,), optionally `masks` (n, H, W) and `scores`
     (n,): without scores (annotations, pseudo masks) only names are written. Of the instances that reach `threshold` the
-    `max_instances` best are drawn, the largest first, so that small ones stay visible. side: longer side of the result; left
+    `max_instances` best are drawn, the largest first, so that small ones stay visible; more than 30 are drawn without their
+    names, which would hide them. side: longer side of the result; left
     out, the picture keeps its size but is enlarged to at least 640 pixels. Resizing comes first, so that lines and text stay
     crisp: for a sheet, give the sheet's cell size. text_size: of the names, in pixels of the result; left out, it grows with it.
     """
@@ -70,7 +72,7 @@ def draw_instances(
             canvas = _draw_mask(canvas, mask_HW, colors[row], line_width)
     if with_boxes:
         canvas = _draw_boxes(canvas, {row: _box(boxes_n4[row]) for row in rows}, colors, line_width)
-    if with_labels:
+    if with_labels and len(rows) <= _MOST_NAMES:
         texts = {row: _text(result, row, id2label) for row in rows}
         _draw_labels(canvas, {row: _box(boxes_n4[row]) for row in rows}, texts, colors, text_size)
     return canvas

@@ -21,6 +21,7 @@ FOUND = {
     "preprocessing with half a pixel to round to": ("processor", b'{"size": {"longest_edge": 64}, "size_divisor": 0.5}'),
     "preprocessing with a truth value for a stride": ("processor", b'{"size": {"longest_edge": 64}, "mask_stride": true}'),
     "preprocessing with a text for a sigma": ("processor", b'{"size": {"longest_edge": 64}, "soft_nms_sigma": "x"}'),
+    "preprocessing with a text for a gap": ("processor", b'{"size": {"longest_edge": 64}, "max_part_gap": "x"}'),
     "preprocessing that is a text of brackets": ("processor", b'"}}{{:"'),
     "preprocessing with no number for a mean": ("processor", b'{"size": {"longest_edge": 64}, "image_mean": {}}'),
     "manifest that is written another way": ("checkpoint", b"{ }"),

@@ -131,9 +131,10 @@ def test_every_preset_has_its_size_and_survives_saving(tmp_path):
         processor.save_pretrained(tmp_path)
         loaded = SIMImageProcessor.from_pretrained(tmp_path)
         assert dict(loaded.size) == size and loaded.size_divisor == 32 and loaded.mask_stride == 4
-        assert loaded.soft_nms_sigma == 0.5
-    SIMImageProcessor(soft_nms_sigma=0).save_pretrained(tmp_path)
-    assert SIMImageProcessor.from_pretrained(tmp_path).soft_nms_sigma == 0
+        assert loaded.soft_nms_sigma == 0.5 and loaded.max_part_gap == 0.25
+    SIMImageProcessor(soft_nms_sigma=0, max_part_gap=None).save_pretrained(tmp_path)
+    loaded = SIMImageProcessor.from_pretrained(tmp_path)
+    assert loaded.soft_nms_sigma == 0 and loaded.max_part_gap is None
     with pytest.raises(ValueError, match="unknown preset 'huge'"):
         SIMImageProcessor.from_preset("huge")
 
@@ -191,7 +192,8 @@ def test_masks_equal_two_bilinear_resizes_of_the_cropped_logits(original, size):
     logits = torch.randn(1, 3, 32, 32)
     cells = [-(-length // 4) for length in size]
     outputs = outputs_for([[*logits[0]]], [[0, 1, 2]], grid=(32, 32))
-    (result,) = SIMImageProcessor(size_divisor=32).post_process_instance_segmentation(outputs, [original], [size], threshold=0.0)
+    process = SIMImageProcessor(size_divisor=32, max_part_gap=None).post_process_instance_segmentation
+    (result,) = process(outputs, [original], [size], threshold=0.0)
     axes = [
         linear_resize(length, input_length / length, input_length) @ linear_resize(input_length, 1 / 4, count)
         for length, input_length, count in zip(original, size, cells, strict=True)
@@ -213,9 +215,8 @@ def test_no_pixel_differs_from_interpolating_the_whole_grid_twice(original, size
     logits[:, :, rows:] = logits[:, :, rows - 1 : rows]
     logits[..., columns:] = logits[..., columns - 1 : columns]
     outputs = outputs_for([[*logits[0]]], [[0] * 20], grid=(64, 64))
-    (result,) = SIMImageProcessor(soft_nms_sigma=0).post_process_instance_segmentation(
-        outputs, [original], [size], threshold=0.5, max_instances=20
-    )
+    process = SIMImageProcessor(soft_nms_sigma=0, max_part_gap=None).post_process_instance_segmentation
+    (result,) = process(outputs, [original], [size], threshold=0.5, max_instances=20)
     assert len(result["masks"]) > 10
     padded = torch.nn.functional.interpolate(logits, (256, 256), mode="bilinear", align_corners=False)
     cut = padded[..., : size[0], : size[1]]
@@ -320,6 +321,30 @@ def test_an_object_that_is_found_very_often_leaves_no_instance_with_a_score_of_z
         outputs_for([masks], [[0] * 80], grid=(32, 32)), [(128, 128)], [(128, 128)], threshold=0.0
     )
     assert 1 < len(result["scores"]) < 80 and result["scores"].min() > 0
+
+
+def test_parts_far_from_a_mask_go_unless_all_may_stay():
+    grid = (32, 32)
+    main, bit, near = disc_logits(grid, (40, 40), 24), disc_logits(grid, (110, 100), 12), disc_logits(grid, (40, 76), 8)
+    outputs = outputs_for([[torch.maximum(torch.maximum(main, bit), near)]], [[0]], grid=grid)
+    before = outputs.masks_queries_logits.clone()
+    expected = disc(128, 128, (40, 40), 24) | disc(128, 128, (40, 76), 8)
+    for gap, far in ((0.25, 0), (None, disc(128, 128, (110, 100), 12).sum().item())):
+        (result,) = SIMImageProcessor(max_part_gap=gap).post_process_instance_segmentation(outputs, [(128, 128)], [(128, 128)])
+        mask = result["masks"][0]
+        assert mask[90:].sum().item() == pytest.approx(far, rel=0.1) and iou(mask[:90], expected[:90]) > 0.9
+        rows, columns = torch.nonzero(mask).unbind(1)
+        assert result["boxes"][0].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert torch.equal(outputs.masks_queries_logits, before)
+
+
+def test_as_many_instances_as_queries_where_a_network_has_many():
+    masks = [disc_logits((64, 64), (8 + 16 * (k // 15), 8 + 16 * (k % 15)), 6) for k in range(120)]
+    outputs = outputs_for([masks], [[0] * 120], grid=(64, 64))
+    process = SIMImageProcessor().post_process_instance_segmentation
+    for most, found in ((None, 120), (100, 100), (0, 0)):
+        (result,) = process(outputs, [(256, 256)], [(256, 256)], max_instances=most)
+        assert len(result["scores"]) == found
 
 
 def test_overlapping_masks_are_kept_and_boxes_are_tight():

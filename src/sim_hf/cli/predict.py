@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, help="pictures, or folders of pictures")
     parser.add_argument("--output", required=True, type=Path, help="folder for the overlays and predictions.json")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score of an instance")
-    parser.add_argument("--max-instances", type=int, default=100, help="at most this many per picture")
+    parser.add_argument("--max-instances", type=int, help="at most this many per picture (default: 100, or all queries)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass")
     parser.add_argument("--no-overlays", action="store_true", help="write predictions.json only")
     options = parser.parse_args(argv)

@@ -42,11 +42,12 @@ def predict_images(
     images: Sequence[Image.Image],
     *,
     threshold: float = 0.5,
-    max_instances: int = 100,
+    max_instances: int | None = None,
     allowed_labels: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Results of a batch of RGB images. allowed_labels: classes that may be predicted (None: all); the others are left out
-    before the best `max_instances` are chosen, so a data set with fewer classes than the model is judged fairly."""
+    before the best `max_instances` (the post-processing's default: None) are chosen, so a data set with fewer classes than the
+    model is judged fairly."""
     device = next(model.parameters()).device
     inputs = processor(list(images), return_tensors="pt")
     outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))

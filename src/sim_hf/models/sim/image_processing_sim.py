@@ -37,11 +37,13 @@ PRESET_SIZES: dict[str, dict[str, int]] = {
 
 class SIMImageProcessorKwargs(ImagesKwargs, total=False):
     """size_divisor: heights and widths of a batch are rounded up to it. mask_stride: input pixels per mask cell.
-    soft_nms_sigma: of several masks of one object and class the worse ones lose score (Soft-NMS); 0: they keep it."""
+    soft_nms_sigma: of several masks of one object and class the worse ones lose score (Soft-NMS); 0: they keep it.
+    max_part_gap: parts of a mask that are further away from its main one, in square roots of its area, go; None: all stay."""
 
     size_divisor: int
     mask_stride: int
     soft_nms_sigma: float
+    max_part_gap: float | None
 
 
 class SIMImageProcessor(TorchvisionBackend):
@@ -61,6 +63,7 @@ class SIMImageProcessor(TorchvisionBackend):
     size_divisor = 32
     mask_stride = 4
     soft_nms_sigma = 0.5
+    max_part_gap: float | None = 0.25
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
 
     @classmethod
@@ -87,6 +90,9 @@ class SIMImageProcessor(TorchvisionBackend):
                     raise TypeError(f"{name} must be given in whole pixels, got {getattr(processor, name)}")
             if type(processor.soft_nms_sigma) not in (int, float) or not 0 <= processor.soft_nms_sigma < math.inf:
                 raise TypeError(f"soft_nms_sigma must be a number of at least 0, got {processor.soft_nms_sigma}")
+            gap = processor.max_part_gap
+            if gap is not None and (type(gap) not in (int, float) or not 0 <= gap < math.inf):
+                raise TypeError(f"max_part_gap must be a number of at least 0 or null, got {gap}")
             processor(images=Image.new("RGB", (1, 1)), size={"height": 1, "width": 1}, do_pad=False)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"not the preprocessing of {cls.__name__}: {error}") from error
@@ -157,7 +163,7 @@ class SIMImageProcessor(TorchvisionBackend):
         input_sizes: Sizes | None = None,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
-        max_instances: int = 100,
+        max_instances: int | None = None,
         overlap_mask_area_threshold: float = 0.8,
         target_sizes: Sizes | None = None,
     ) -> list[dict[str, Any]]:
@@ -166,8 +172,10 @@ class SIMImageProcessor(TorchvisionBackend):
         original_sizes, input_sizes: (height, width) of each image before resizing and before padding, as this processor
         returned them. A score is the class probability times the mean mask probability inside the mask (Mask2Former), less
         where a better instance of the class has much the same mask (`soft_nms_sigma`; 0 leaves Mask2Former's scores);
-        one query may appear for several classes. Masks may overlap; a box is the tight box of its mask. Mask logits are
-        resized twice, as by Mask2Former: to the input, of which the image's part is taken, and to the original image.
+        one query may appear for several classes. At most `max_instances`, by default 100, or as many as there are queries
+        where these are more. Masks may overlap, and are whole but for parts far away (`max_part_gap`; None: they stay, too);
+        a box is the tight box of its mask. Mask logits are resized twice, as by Mask2Former: to the input, of which the image's
+        part is taken, and to the original image.
 
         As transformers' processors have it: `target_sizes` stands for `original_sizes`, the input sizes then follow from the
         configured size, and every result also has `segmentation` (H, W) with one instance a pixel, the best (-1: none), and
@@ -196,7 +204,7 @@ class SIMImageProcessor(TorchvisionBackend):
         input_sizes: Sizes | None = None,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
-        max_instances: int = 100,
+        max_instances: int | None = None,
     ) -> list[dict[str, Any]]:
         """The same instances without a mask of the image's size: instead of `masks`, per instance the mask inside its box,
         `crops` (width, height) bool, column by column, and in `corners` (n, 2) the column and row of its first pixel."""
@@ -209,8 +217,9 @@ class SIMImageProcessor(TorchvisionBackend):
                 ImageGeometry(originals[index], inputs[index], self.mask_stride),
                 threshold=threshold,
                 mask_threshold=mask_threshold,
-                max_instances=max_instances,
+                max_instances=max(100, mask_logits.shape[1]) if max_instances is None else max_instances,
                 soft_nms_sigma=self.soft_nms_sigma,
+                max_part_gap=self.max_part_gap,
             )
             for index in range(len(mask_logits))
         ]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .mask_parts import Span, main_parts
 from .two_step_resizing import TwoStepAxis
 
 _EPSILON = 1e-6
@@ -52,11 +53,13 @@ def image_instances(
     mask_threshold: float,
     max_instances: int,
     soft_nms_sigma: float = 0.0,
+    max_part_gap: float | None = None,
 ) -> dict[str, Any]:
     """The instances of one image, best first -> `scores` (N,), `labels` (N,), `boxes` (N, 4) xyxy on the device of the logits,
     and on the CPU `corners` (N, 2) and `crops`, N masks (S, T) bool. A crop is what lies in a mask's box, column by column,
     as run lengths go; its first pixel is in column and row `corners`. Instances of one query share a crop. soft_nms_sigma:
-    above 0, of two instances of a class with much the same mask the worse one loses score (`soft_nms`)."""
+    above 0, of two instances of a class with much the same mask the worse one loses score (`soft_nms`). max_part_gap: a mask
+    loses the parts that are further from its main one than this, times the square root of its area (`main_parts`)."""
     if not 0.0 < mask_threshold < 1.0:
         raise ValueError(f"mask_threshold must lie between 0 and 1, got {mask_threshold}")
     cut = math.log(mask_threshold / (1 - mask_threshold))
@@ -68,6 +71,8 @@ def image_instances(
         probabilities_QK, mask_logits_Qhw = probabilities_QK[possible_Q], mask_logits_Qhw[possible_Q]
     mask_logits_Qhw = mask_logits_Qhw[:, : y_axis.num_cells, : x_axis.num_cells]
     spans = _cell_spans(mask_logits_Qhw, cut)
+    if max_part_gap is not None:
+        mask_logits_Qhw, spans = main_parts(mask_logits_Qhw, spans, cut, max_part_gap)
     scores_QK = probabilities_QK * _mask_scores(mask_logits_Qhw, spans, cut)[:, None]
     scores_N, index_N = scores_QK.flatten().topk(min(max_instances, scores_QK.numel()))
     keep_N = (scores_N >= threshold) & (scores_N > 0)
@@ -142,10 +147,7 @@ def label_map(instances: dict[str, Any], size: tuple[int, int], least_visible: f
     return ids_HW, records
 
 
-_Span = tuple[int, int]  # first, and the one after the last
-
-
-def _cell_spans(mask_logits_Qhw: Tensor, cut: float) -> list[tuple[_Span, _Span] | None]:
+def _cell_spans(mask_logits_Qhw: Tensor, cut: float) -> list[tuple[Span, Span] | None]:
     """Rows and columns of each mask's box on the grid, None for an empty mask.
 
     A linear mean exceeds the cut only where one of its cells does, so a mask lies above these cells and next to them.
@@ -156,19 +158,19 @@ def _cell_spans(mask_logits_Qhw: Tensor, cut: float) -> list[tuple[_Span, _Span]
     rows_Qh, columns_Qw = (mask_logits_Qhw.amax(axis) > cut for axis in (2, 1))
     occupied_QL = torch.cat([rows_Qh, columns_Qw], 1).cpu().numpy()  # one transfer
     rows_Qh, columns_Qw = np.split(occupied_QL, [rows_Qh.shape[1]], axis=1)
-    spans: list[tuple[_Span, _Span] | None] = []
+    spans: list[tuple[Span, Span] | None] = []
     for row, column in zip(rows_Qh, columns_Qw, strict=True):
         rows, columns = _span(row), _span(column)
         spans.append(None if rows is None or columns is None else (rows, columns))
     return spans
 
 
-def _span(occupied_L: np.ndarray) -> _Span | None:
+def _span(occupied_L: np.ndarray) -> Span | None:
     first = int(occupied_L.argmax())
     return (first, len(occupied_L) - int(occupied_L[::-1].argmax())) if occupied_L[first] else None
 
 
-def _mask_scores(mask_logits_Qhw: Tensor, spans: list[tuple[_Span, _Span] | None], cut: float) -> Tensor:
+def _mask_scores(mask_logits_Qhw: Tensor, spans: list[tuple[Span, Span] | None], cut: float) -> Tensor:
     """Mean mask probability inside each mask -> (Q,); 0 for an empty one."""
     nothing = mask_logits_Qhw.new_zeros(())
     scores = []
@@ -192,7 +194,7 @@ class _Piece:
 
     @staticmethod
     def resized(
-        logits_hw: Tensor, span: tuple[_Span, _Span] | None, y_axis: TwoStepAxis, x_axis: TwoStepAxis, cut: float
+        logits_hw: Tensor, span: tuple[Span, Span] | None, y_axis: TwoStepAxis, x_axis: TwoStepAxis, cut: float
     ) -> _Piece | None:
         """All of a mask at the image's size, with some background; None where no pixel of the image reads its cells."""
         if span is None:
