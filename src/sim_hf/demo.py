@@ -9,6 +9,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
 from sim_hf.evaluation.evaluate import evaluate_model
 from sim_hf.evaluation.prediction import names_of
-from sim_hf.models.architectures import architecture_of, preset_processor
+from sim_hf.models.architectures import architecture_of, architecture_of_preset, preset_processor
 from sim_hf.models.sim import SIMImageProcessor
 from sim_hf.training.arguments import (
     ArgumentGroups,
@@ -27,7 +28,7 @@ from sim_hf.training.arguments import (
     SupervisionArguments,
 )
 from sim_hf.training.assembly import build_data
-from sim_hf.training.data_demands import fitting_input, typical_object
+from sim_hf.training.data_demands import crowded_image, fitting_input, queries_for, typical_object
 from sim_hf.training.periodic import draw_confident, given_boxes, save_model_folder
 from sim_hf.training.pseudo_quality import generated_mask_quality, pseudo_mask_quality
 from sim_hf.training.second_phase import FOLDER as SECOND_PHASE_FOLDER
@@ -41,6 +42,9 @@ MAX_STEPS = 2000
 MARKER = ".sim-hf-demo"  # a folder that the next demo may replace
 SHEET_ROWS = 8
 AT_HOME_AP = 0.25  # box AP of a start that knows such pictures, not just the names of their classes; not tuned
+LEARNING_RATE = 5e-4
+AT_HOME_RATE = 5e-5  # there is nothing to learn but these pictures
+COUNTED_INSTANCES = 100  # per image, by COCO's AP
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,17 @@ def run_demo(options: DemoOptions) -> dict:
     _fresh_folder(output)
     print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
     data = _with_fitting_input(start, data)
+    start = _with_affordable_queries(start, data)
     arguments = _arguments(options, start, data, "sim", output / "sim")
-    steps = options.steps or _steps_that_fit(arguments, options.minutes)
-    trainer = Trainer(_with_steps(arguments, steps))
-    beginning = _weights(trainer.exported)
-    before, _ = _evaluate(trainer)
-    at_home = _is_at_home(start, data, before)
+    trial = Trainer(_with_pseudo_masks_at_once(arguments))
+    before, _ = _evaluate(trial)
     print(f"before training: mask AP {_percent(before['segm/AP'])}, AP50 {_percent(before['segm/AP50'])}")
+    at_home = _is_at_home(start, data, before)
+    steps = options.steps or _steps_that_fit(trial, options.minutes)
+    del trial
+    schedule = {"max_steps": steps, "learning_rate": AT_HOME_RATE if at_home else LEARNING_RATE}
+    trainer = Trainer(_with(arguments, **schedule))
+    beginning = _weights(trainer.exported)
     print(f"training {steps} steps on {len(trainer.data.train)} images, boxes only")
     started = time.perf_counter()
     trainer.train()
@@ -95,7 +103,8 @@ def run_demo(options: DemoOptions) -> dict:
         "note": evaluator.note,
     }
     if options.compare:
-        record["full_supervision"] = _full_supervision(options, start, data, steps, output, halfway=at_home)
+        full = _with(_arguments(options, start, data, "full", output / "full"), **schedule)
+        record["full_supervision"] = _full_supervision(full, halfway=at_home)
     save_model_folder(trainer.exported, trainer.processor, output / "model")
     write_results(output / "results.json", after, extra=record)
     _report(after, record, output, options)
@@ -152,6 +161,19 @@ def _with_fitting_input(start: ModelArguments, data: DataArguments) -> DataArgum
     return replace(data, image_size=fitting)
 
 
+def _with_affordable_queries(start: ModelArguments, data: DataArguments) -> ModelArguments:
+    """For crowded images no more queries than instances count: each of them takes its time."""
+    config: Any = (
+        architecture_of(start.model).config.from_pretrained(start.model)
+        if start.model
+        else architecture_of_preset(start.preset).config.from_preset(start.preset)
+    )
+    present = getattr(config, "num_queries", None)
+    if present is None or queries_for(crowded_image(build_data(data, with_masks=False).train), present) <= COUNTED_INSTANCES:
+        return start
+    return replace(start, num_queries=max(present, COUNTED_INSTANCES))
+
+
 def _arguments(
     options: DemoOptions, start: ModelArguments, data: DataArguments, supervision: str, output: Path
 ) -> ArgumentGroups:
@@ -160,7 +182,6 @@ def _arguments(
         output_dir=str(output),
         max_steps=MAX_STEPS,
         batch_size=4,  # many small steps: in a few minutes the number of updates is what counts
-        learning_rate=_learning_rate(start, data),
         seed=options.seed,
         mixed_precision="auto",
         eval_every=0,
@@ -169,13 +190,6 @@ def _arguments(
         log_every=25,
     )
     return start, data, SupervisionArguments(supervision=supervision, pairwise_dilation=1, color_threshold=0.1), run
-
-
-def _learning_rate(start: ModelArguments, data: DataArguments) -> float:
-    """Random weights learn everything; a trained start new classes, or, where it knows them all, nothing but these pictures."""
-    if start.model is None:
-        return 5e-4
-    return 5e-5 if _knows_all_classes(start, data) else 1.5e-4
 
 
 def _knows_all_classes(start: ModelArguments, data: DataArguments) -> bool:
@@ -204,26 +218,32 @@ def _meet_halfway(model: torch.nn.Module, beginning: dict[str, torch.Tensor]) ->
             tensor.lerp_(beginning[name], 0.5)
 
 
-def _with_steps(arguments: ArgumentGroups, steps: int) -> ArgumentGroups:
+def _with(arguments: ArgumentGroups, **changes: Any) -> ArgumentGroups:
     model, data, supervision, run = arguments
-    return model, data, supervision, replace(run, max_steps=steps)
+    return model, data, supervision, replace(run, **changes)
 
 
-def _steps_that_fit(arguments: ArgumentGroups, minutes: float) -> int:
-    """Time a few full steps (teacher and pasting included) of a throw-away run, and fill the minutes."""
+def _with_pseudo_masks_at_once(arguments: ArgumentGroups) -> ArgumentGroups:
+    """What most steps do, for a trial of a few."""
     model, data, supervision, run = arguments
-    trial = Trainer((model, data, replace(supervision, pseudo_start=0), run))
+    return model, data, replace(supervision, pseudo_start=0), run
+
+
+def _steps_that_fit(trial: Trainer, minutes: float) -> int:
+    """Time a few steps of a run that is thrown away, and fill the minutes."""
     trial.model.train()
     trial.step.train()
     stream = iter(trial.batches)
     times = []
-    for _ in range(10):
+    for _ in range(12):
         started = time.perf_counter()
         trial.optimizer_step(stream)
         times.append(time.perf_counter() - started)
-    seconds = statistics.median(times)  # the first steps warm up, and other programs may disturb some
+    seconds = statistics.mean(
+        times[2:]
+    )  # the first steps warm up; crowded images, which take longest, count as often as they come
     labelling = _labelling_seconds(trial)
-    steps = max(20, min(run.max_steps, int((0.92 * 60 * minutes - labelling) / seconds)))
+    steps = max(20, min(MAX_STEPS, int((0.92 * 60 * minutes - labelling) / seconds)))
     print(
         f"{seconds:.2f} s a step on this machine ({torch.get_num_threads()} threads): {steps} steps fit into {minutes:g} minutes"
     )
@@ -271,12 +291,10 @@ def _pseudo_quality(trainer: Trainer, options: DemoOptions) -> dict[str, float]:
     return pseudo_mask_quality(trainer.step, rows, trainer.processor)
 
 
-def _full_supervision(
-    options: DemoOptions, start: ModelArguments, data: DataArguments, steps: int, output: Path, *, halfway: bool
-) -> dict:
+def _full_supervision(arguments: ArgumentGroups, *, halfway: bool) -> dict:
     """The same start, data and steps with the real masks."""
     print("\nfor comparison: the same with the real masks")
-    trainer = Trainer(_with_steps(_arguments(options, start, data, "full", output / "full"), steps))
+    trainer = Trainer(arguments)
     beginning = _weights(trainer.exported)
     trainer.train()
     if halfway:

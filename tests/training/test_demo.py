@@ -6,21 +6,8 @@ from transformers import Mask2FormerImageProcessor
 
 from factories import NAMES, save_tiny_model, write_shapes
 from sim_hf import demo
-from sim_hf.demo import _is_at_home, _learning_rate, _meet_halfway, _weights, _with_fitting_input
+from sim_hf.demo import _is_at_home, _meet_halfway, _weights, _with_affordable_queries, _with_fitting_input
 from sim_hf.training.arguments import DataArguments, ModelArguments
-
-
-def test_a_start_that_knows_all_classes_is_only_refined(tmp_path):
-    data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
-    names = dict(enumerate([*NAMES[:-1], "comet"]))
-    starts = {
-        "all": save_tiny_model(tmp_path / "all"),
-        "upper": save_tiny_model(tmp_path / "upper", id2label={label: name.upper() for label, name in enumerate(NAMES)}),
-        "some": save_tiny_model(tmp_path / "some", id2label=names),
-    }
-    rates = {name: _learning_rate(ModelArguments(model=str(start)), data) for name, start in starts.items()}
-    assert rates == {"all": 5e-5, "upper": 5e-5, "some": 1.5e-4}
-    assert _learning_rate(ModelArguments(), data) == 5e-4
 
 
 def test_the_same_names_in_other_pictures_are_not_home(tmp_path):
@@ -53,6 +40,17 @@ def test_small_objects_are_looked_at_in_a_larger_input(tmp_path, monkeypatch, ty
     start = ModelArguments(model=str(save_tiny_model(tmp_path / "model")))
     data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
     assert _with_fitting_input(start, data).image_size == image_size
+
+
+@pytest.mark.parametrize(("crowded", "num_queries"), [(6, None), (80, None), (81, 100), (400, 100)])  # 1.25 queries an object
+def test_crowded_images_get_no_more_queries_than_instances_count(tmp_path, monkeypatch, crowded, num_queries):
+    monkeypatch.setattr(demo, "crowded_image", lambda train: crowded)
+    start = ModelArguments(model=str(save_tiny_model(tmp_path / "model")))
+    data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
+    assert _with_affordable_queries(start, data).num_queries == num_queries
+    assert _with_affordable_queries(ModelArguments(), data).num_queries == num_queries
+    condinst = ModelArguments(preset="condinst-tiny")
+    assert _with_affordable_queries(condinst, data) == condinst
 
 
 def test_a_start_that_squashes_images_keeps_its_input(tmp_path, monkeypatch):
