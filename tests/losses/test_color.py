@@ -3,7 +3,6 @@ import references_losses as reference
 import torch
 
 from sim_hf.losses import rgb_to_lab
-from sim_hf.losses.color import stretch_contrast
 
 
 @pytest.mark.parametrize(
@@ -45,31 +44,3 @@ def test_half_precision_images_and_autocast_are_computed_in_float32():
 def test_wrong_layout_is_refused():
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 4, 4, 3\)"):
         rgb_to_lab(torch.zeros(1, 4, 4, 3))
-
-
-def grey_ramp(darkest: float, lightest: float) -> torch.Tensor:
-    """Lab (1, 3, 1, 101): lightness in equal steps, so that without a hundredth at each end 0.98 of the range is left."""
-    lab = torch.full((1, 3, 1, 101), 2.0)
-    lab[0, 0, 0] = torch.linspace(darkest, lightest, 101)
-    return lab
-
-
-@pytest.mark.parametrize(
-    ("darkest", "lightest", "stretch"),
-    [(0.0, 100.0, 1.0), (10.0, 10.0 + 60 / 0.98, 1.0), (20.0, 20.0 + 30 / 0.98, 2.0), (0.0, 1.0, 8.0), (50.0, 50.0, 8.0)],
-)
-def test_an_image_of_little_contrast_is_stretched_in_all_channels(darkest, lightest, stretch):
-    lab = grey_ramp(darkest, lightest)
-    got = stretch_contrast(lab, torch.ones(1, 1, 101, dtype=torch.bool), 60.0)
-    torch.testing.assert_close(got, lab * stretch)
-
-
-def test_contrast_is_that_of_each_image_without_its_padding():
-    lab = grey_ramp(20.0, 20.0 + 30 / 0.98).repeat(3, 1, 1, 1)
-    lab = torch.nn.functional.pad(lab, (0, 40))  # black padding would be the darkest of all
-    lab[1, 0, 0, :101] = torch.linspace(0.0, 90.0, 101)
-    valid = torch.zeros(3, 1, 141, dtype=torch.bool)
-    valid[:2, :, :101] = True  # the third image is padding altogether
-    got = stretch_contrast(lab, valid, 60.0)
-    torch.testing.assert_close(got, lab * torch.tensor([2.0, 1.0, 1.0])[:, None, None, None])
-    assert stretch_contrast(lab[:0], valid[:0], 60.0).shape == (0, 3, 1, 141)

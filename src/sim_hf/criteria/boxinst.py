@@ -33,7 +33,6 @@ class BoxInstCriterion:
         pairwise_weight: float = 2.0,
         pairwise_warmup_steps: int = 10_000,
         color_threshold: float = 0.3,
-        color_min_contrast: float = 0.0,
         kernel_size: int = 3,
         dilation: int = 2,
         mask_weight: float = 5.0,
@@ -43,7 +42,6 @@ class BoxInstCriterion:
         self.pairwise_weight = pairwise_weight
         self.pairwise_warmup_steps = pairwise_warmup_steps
         self.color_threshold = color_threshold
-        self.color_min_contrast = color_min_contrast
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.mask_weight = mask_weight
@@ -77,7 +75,6 @@ class BoxInstCriterion:
             stride=round(stride),
             kernel_size=self.kernel_size,
             dilation=self.dilation,
-            min_contrast=self.color_min_contrast,
         )
         edges = pairwise_edges(
             similarity_BEHW,

@@ -28,7 +28,6 @@ def build_boxinst(*, supervision, num_classes: int, feature_dim: int, steps: Cal
         pairwise_weight=supervision.pairwise_weight,
         pairwise_warmup_steps=steps(supervision.pairwise_warmup),
         color_threshold=supervision.color_threshold,
-        color_min_contrast=supervision.color_min_contrast,
         dilation=supervision.pairwise_dilation,
         mask_weight=supervision.mask_weight,
         dice_weight=supervision.dice_weight,

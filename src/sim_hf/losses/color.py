@@ -20,7 +20,6 @@ D65_WHITE = (0.95047, 1.0, 1.08883)
 
 SRGB_LINEAR_LIMIT = 0.04045  # below, the sRGB curve is a straight line
 LAB_LINEAR_LIMIT = 0.008856  # (6/29)^3: below, the cube root of Lab is replaced by its tangent
-MOST_STRETCH = 8.0  # more would show the noise of a picture of one colour
 
 
 @torch.no_grad()
@@ -42,19 +41,3 @@ def rgb_to_lab(images_B3HW: Tensor) -> Tensor:
     )
     x_BHW, y_BHW, z_BHW = root_B3HW.unbind(1)
     return torch.stack([116 * y_BHW - 16, 500 * (x_BHW - y_BHW), 200 * (y_BHW - z_BHW)], dim=1)
-
-
-@torch.no_grad()
-def stretch_contrast(lab_B3HW: Tensor, valid_BHW: Tensor, least: float) -> Tensor:
-    """Lab in which the lightness of every image has at least the range `least` -> (B, 3, H, W).
-
-    The range is that of the valid pixels without their darkest and lightest hundredth. An image with less of it (microscopy,
-    X-rays, fog) has all three channels multiplied, by 8 at most; a photograph has some 80 of 100 and stays as it is. Without
-    it, what is dark on dark is of one colour to a threshold that was chosen for photographs.
-    """
-    lightness_BP = lab_B3HW[:, 0].masked_fill(~valid_BHW, torch.nan).flatten(1)
-    if not lightness_BP.numel():
-        return lab_B3HW
-    ends_2B = lightness_BP.nanquantile(lightness_BP.new_tensor([0.01, 0.99]), dim=1)
-    stretch_B = (least / (ends_2B[1] - ends_2B[0]).clamp(min=1e-3)).nan_to_num(1.0).clamp(1.0, MOST_STRETCH)
-    return lab_B3HW * stretch_B[:, None, None, None]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sim_hf.losses.color import rgb_to_lab, stretch_contrast
+from sim_hf.losses.color import rgb_to_lab
 from sim_hf.losses.precision import at_least_float32
 from sim_hf.structures import rasterize_boxes
 
@@ -52,20 +52,13 @@ class PairwiseEdges:
 
 @torch.no_grad()
 def color_similarity(
-    images_B3HW: Tensor,
-    valid_BHW: Tensor,
-    *,
-    stride: int = 4,
-    kernel_size: int = 3,
-    dilation: int = 2,
-    min_contrast: float = 0.0,
+    images_B3HW: Tensor, valid_BHW: Tensor, *, stride: int = 4, kernel_size: int = 3, dilation: int = 2
 ) -> Tensor:
     """Colour similarity exp(-0.5 * Lab distance) to half of the dilated ring -> (B, K, H/stride, W/stride) in 0..1.
 
     images_B3HW: RGB in 0..1. valid_BHW: non-zero where the batch holds image, zero in the padding (and wherever the
     caller wants no colour to count), both at input size. 0 where either end lies outside the grid or touches an invalid
-    pixel; the original code asks only that *one* neighbour is valid. K goes by `half_ring_offsets`. min_contrast: above 0,
-    images of less contrast are stretched to it (`stretch_contrast`; not in BoxInst).
+    pixel; the original code asks only that *one* neighbour is valid. K goes by `half_ring_offsets`.
     """
     batch_size, _, height, width = images_B3HW.shape
     if tuple(valid_BHW.shape) != (batch_size, height, width):
@@ -75,8 +68,6 @@ def color_similarity(
     lab_B3HW = rgb_to_lab(functional.avg_pool2d(images_B3HW.float(), stride))
     # A cell is valid when all of its pixels are: the colour of a mixed cell would be blended with the padding.
     valid_BHW = functional.avg_pool2d((valid_BHW != 0).float()[:, None], stride)[:, 0] == 1
-    if min_contrast > 0:
-        lab_B3HW = stretch_contrast(lab_B3HW, valid_BHW, min_contrast)
     offsets = half_ring_offsets(kernel_size, dilation)
     similarity_BKHW = lab_B3HW.new_zeros(batch_size, len(offsets), *valid_BHW.shape[1:])
     for k, (down, right) in enumerate(offsets):

@@ -116,13 +116,6 @@ class SupervisionArguments:
     pairwise_weight: float = field(default=2.0, metadata={"help": "BoxInst's pairwise colour affinity loss."})
     pairwise_warmup: float = field(default=1 / 9, metadata={"help": "Linear warm-up of the pairwise loss (steps or fraction)."})
     color_threshold: float = field(default=0.3, metadata={"help": "Colour similarity above which neighbours must agree."})
-    color_min_contrast: float = field(
-        default=60.0,
-        metadata={
-            "help": "Images whose lightness (0..100) has a smaller range are stretched to it before colours are compared; "
-            "0: never, as in the paper."
-        },
-    )
     pairwise_dilation: int = field(default=2, metadata={"help": "Dilation of the 3x3 neighbourhood on the mask grid."})
     level_set_image_weight: float = field(default=0.05, metadata={"help": "Box2Mask's region energy of the colours."})
     level_set_feature_weight: float = field(default=5.0, metadata={"help": "Box2Mask's region energy of the mask features."})
