@@ -239,9 +239,7 @@ def _steps_that_fit(trial: Trainer, minutes: float) -> int:
         started = time.perf_counter()
         trial.optimizer_step(stream)
         times.append(time.perf_counter() - started)
-    seconds = statistics.mean(
-        times[2:]
-    )  # the first steps warm up; crowded images, which take longest, count as often as they come
+    seconds = statistics.mean(times[2:])  # not the median: crowded images, which take longest, count, too
     labelling = _labelling_seconds(trial)
     steps = max(20, min(MAX_STEPS, int((0.92 * 60 * minutes - labelling) / seconds)))
     print(
