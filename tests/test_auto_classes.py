@@ -166,7 +166,14 @@ def test_the_folder_with_code_holds_the_code_and_nothing_else(folders):
         "backbone_config.py",
         *("box_prompts.py", "deformable_attention.py", "deformable_attention_triton.py", "depthwise_convolution.py"),
         *("frozen_batch_norm.py", "group_norm.py"),
-        *("instance_postprocessing.py", "masked_attention.py", "padding.py", "pixel_decoder.py", "strict_loading.py"),
+        *(
+            "instance_postprocessing.py",
+            "mask_parts.py",
+            "masked_attention.py",
+            "padding.py",
+            "pixel_decoder.py",
+            "strict_loading.py",
+        ),
         "two_step_resizing.py",
     }
     config = json.loads((root / "code" / "config.json").read_text())
