@@ -102,3 +102,12 @@ def test_sheet_has_room_for_every_cell_title_and_caption():
 
 def test_sheet_without_rows_and_with_long_titles_is_a_picture():
     assert contact_sheet([], ["a title that is much longer than its column could ever be"], cell_size=80).width == 104
+
+
+@pytest.mark.parametrize(("num", "named"), [(30, True), (31, False)])
+def test_names_are_left_out_where_they_would_hide_many_objects(num, named):
+    image = Image.new("RGB", (640, 640), "white")
+    corners = torch.tensor([[60.0 + 80 * (k % 6), 60.0 + 80 * (k // 6)] for k in range(num)])
+    result = {"boxes": torch.cat([corners, corners + 30], 1), "labels": torch.zeros(num, dtype=torch.long)}
+    pictures = [draw_instances(image, result, NAMES, with_labels=labels).tobytes() for labels in (True, False)]
+    assert (pictures[0] != pictures[1]) == named

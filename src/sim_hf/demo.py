@@ -97,6 +97,7 @@ def run_demo(options: DemoOptions) -> dict:
         "pseudo_masks": pseudo_masks,
         "mean_with_start": at_home,
         "steps": steps,
+        "learning_rate": schedule["learning_rate"],
         "training_seconds": round(seconds, 1),
         "seed": options.seed,
         "supervision": "sim",

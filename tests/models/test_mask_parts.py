@@ -41,7 +41,7 @@ def test_the_largest_part_stays_though_another_is_longer():
 
 
 def test_what_is_left_is_looked_at_again():
-    """Rows part nothing at first, for the upper left part bridges the two others."""
+    """At first only columns part it; without the left part, the first row is empty."""
     grid = logits("#.......", "#.....##", "......##", "......##")
     assert kept(grid, 0.0)[1] == ((1, 4), (6, 8))
     grid = logits("##....#.", "##......", "........", "........", "......#.")

@@ -13,10 +13,16 @@ from sim_hf.training.arguments import DataArguments, ModelArguments
 def test_the_same_names_in_other_pictures_are_not_home(tmp_path):
     data = DataArguments(data=[str(write_shapes(tmp_path / "shapes"))])
     names = dict(enumerate([*NAMES[:-1], "comet"]))
-    knows_all, knows_some = (
+    upper = {label: name.upper() for label, name in enumerate(NAMES)}
+    knows_all, knows_some, knows_upper = (
         ModelArguments(model=str(folder))
-        for folder in (save_tiny_model(tmp_path / "all"), save_tiny_model(tmp_path / "some", id2label=names))
+        for folder in (
+            save_tiny_model(tmp_path / "all"),
+            save_tiny_model(tmp_path / "some", id2label=names),
+            save_tiny_model(tmp_path / "upper", id2label=upper),
+        )
     )
+    assert _is_at_home(knows_upper, data, {"bbox/AP": 0.25})
     assert [_is_at_home(knows_all, data, {"bbox/AP": ap}) for ap in (0.25, 0.24, None)] == [True, False, False]
     assert not _is_at_home(knows_some, data, {"bbox/AP": 0.9}) and not _is_at_home(ModelArguments(), data, {"bbox/AP": 0.9})
 

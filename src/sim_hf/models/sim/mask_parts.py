@@ -28,11 +28,11 @@ def main_parts(
     main_spans = [
         None if span is None else _main_part(mask_hw, *span, max_gap) for mask_hw, span in zip(masks_Qhw, spans, strict=True)
     ]
-    torn = [query for query, (main, whole) in enumerate(zip(main_spans, spans, strict=True)) if main != whole]
+    pairs = enumerate(zip(main_spans, spans, strict=True))
+    torn = {query: main for query, (main, whole) in pairs if main is not None and main != whole}
     if torn:
         mask_logits_Qhw = mask_logits_Qhw.clone()
-    for query in torn:
-        rows, columns = main_spans[query] or ((0, 0), (0, 0))
+    for query, (rows, columns) in torn.items():
         part_hw = mask_logits_Qhw[query, slice(*rows), slice(*columns)].clone()
         mask_logits_Qhw[query].clamp_(max=cut)
         mask_logits_Qhw[query, slice(*rows), slice(*columns)] = part_hw
