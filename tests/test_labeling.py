@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.labeling import LabelOptions, _blended, _decide, _views, _weigh_queries, _WeightedMap, masks_for_boxes
+from sim_hf.labeling import LabelOptions, _blended, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 
@@ -159,13 +159,18 @@ def test_masks_of_overlapping_boxes_share_their_pixels():
     assert both[0] > 0.95 * 16 * 32 and both[1] < 0.7 * both[0]
 
 
-def test_small_boxes_are_cut_out_narrow_and_wide_and_the_whole_picture_only_once():
-    boxes = torch.tensor([[40.0, 30.0, 60.0, 40.0], [0.0, 0.0, 90.0, 80.0]])
-    options = LabelOptions(crop_margins=(0.2, 1.2, 2.5), flip=False)
-    views = _views((100, 80), boxes, options)
-    # The first box is 20 wide: squares of 28, 68 and 120 pixels around (50, 35), the last of which is the picture itself.
-    assert [(view.region, view.owners) for view in views] == [
-        ((0, 0, 100, 80), [0, 1]), ((36, 21, 65, 50), [0]), ((16, 1, 85, 70), [0]),
-    ]  # fmt: skip
-    mirrored = _views((100, 80), boxes, LabelOptions(crop_margins=(0.2,)))[-1]
-    assert mirrored.mirrored and mirrored.boxes(boxes).tolist() == [[5.0, 9.0, 25.0, 19.0]]
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
+def test_a_margin_that_is_no_size_is_refused(margin):
+    with pytest.raises(ValueError, match="crop_margins must be 0 or more"):
+        LabelOptions(crop_margins=(0.2, margin))
+
+
+def test_masks_of_a_crowd_come_from_windows_that_it_shares():
+    """Sixteen squares of 6 pixels each: their masks fill their boxes, as they do one by one."""
+    picture = Image.new("RGB", (256, 256), (200, 200, 200))
+    corners = [(20 + 14 * column, 30 + 14 * row) for row in range(4) for column in range(4)]
+    for x, y in corners:
+        picture.paste((0, 0, 0), (x, y, x + 6, y + 6))
+    boxes = torch.tensor([[x, y, x + 6, y + 6] for x, y in corners], dtype=torch.float32)
+    found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes, options=LabelOptions(crop_margins=(2.0,)))
+    assert found.masks().flatten(1).sum(-1).tolist() == [36] * 16

@@ -15,7 +15,7 @@ LAYERS = [
     {"processes", "structures"},
     {"losses", "mask_generation", "data"},
     {"criteria", "evaluation", "models", "visualization", "conversion"},
-    {"hub"},  # a trainer pushes its model with a card
+    {"hub", "label_views"},  # a trainer pushes its model with a card
     {"labeling"},  # the second phase of a training labels its images
     {"promptable_segmenter"},
     {"training"},

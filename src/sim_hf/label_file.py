@@ -46,7 +46,8 @@ class LabelJob:
     polygons: bool = False
     keep_masks: bool = False
     restart: bool = False
-    crop_below: float = 0.5
+    crop_below: float = LabelOptions.crop_below
+    crop_margins: tuple[float, ...] = LabelOptions.crop_margins
     box_format: str = "xywh"
     batch_size: int = 8
     pictures: Path | None = None
@@ -134,7 +135,7 @@ def _labeller(job: LabelJob, document: dict, device: torch.device) -> tuple[Labe
     model = load_model(job.model, dtype=torch.float32)
     model.to(device)
     processor = SIMImageProcessor.from_pretrained(job.model)
-    options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below)
+    options = LabelOptions(batch_size=job.batch_size, crop_below=job.crop_below, crop_margins=job.crop_margins)
     return network_labeller(model, processor, options), names_of(model)
 
 
@@ -158,7 +159,8 @@ def _draw(folder: Path, image: dict, picture, boxes_n4, labels, masks_nHW, id2la
 def _identity(job: LabelJob) -> str:
     """What the partial results depend on: another file, model or option must not go on with them."""
     content = hashlib.sha256(job.annotations.read_bytes()).hexdigest()
-    return hashlib.sha256(f"{content} {job.model} {job.crop_below} {job.keep_masks} {job.box_format}".encode()).hexdigest()[:16]
+    settings = f"{content} {job.model} {job.crop_below} {job.crop_margins} {job.keep_masks} {job.box_format}"
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def _partials(output: Path) -> list[Path]:

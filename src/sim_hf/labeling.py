@@ -1,11 +1,11 @@
 """Boxes in, masks out: one mask for every given box of a picture.
 
-The network sees the whole picture and enlarged crops around each small box, narrow and wide, where even a small object is many
-cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees with the box: positive
-mask weighting (SIM, Eq. 6) at inference. A network that takes box prompts is also asked for the box itself, and its answer is
-one more query, which counts `prompt_weight` times. The weighted map is thresholded where its extent agrees best with the box.
-The less the queries agree with the box, the more a rounded blob inside it takes their place. Where boxes overlap, their masks
-compete for the pixels, as SIM's pseudo masks do in training.
+The network sees the whole picture and enlarged windows around the small boxes, narrow and wide (`label_views.py`), where even
+a small object is many cells of the mask grid. In each view every query is weighed by how well its mask, cut to the box, agrees
+with the box: positive mask weighting (SIM, Eq. 6) at inference. A network that takes box prompts is also asked for the box
+itself, and its answer is one more query, which counts `prompt_weight` times. The weighted map is thresholded where its extent
+agrees best with the box. The less the queries agree with the box, the more a rounded blob inside it takes their place. Where
+boxes overlap, their masks compete for the pixels, as SIM's pseudo masks do in training.
 
 Shape letters: Q queries, n boxes of the picture, K classes, h w mask grid or box region, H W pixels of the picture.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sim_hf.evaluation.prediction import evaluating
+from sim_hf.label_views import Region, View, pixel_region, views_of
 from sim_hf.mask_generation.pixel_competition import RADIUS, centrality, pixel_share
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
@@ -31,11 +32,12 @@ _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2)  # the first wins ties
 @dataclass
 class LabelOptions:
     """crop_below: boxes whose longer side is below this share of the picture's get enlarged views as well (0: never, 1:
-    always), one for each of crop_margins: what the view adds around the box, as a share of its longer side. flip: every view
-    is also looked at mirrored. prompt_weight: how many queries the answer to a box prompt counts for. mu: sharpness of the
-    weighting. class_weight: how much the given class counts in it. fit_threshold: choose the threshold by the box, not 0.5.
-    trust_power: the queries' part against the blob's is agreement^trust_power. blob_radius: where the blob has faded to 0, in
-    half sides of the box. pixel_competition: masks whose boxes overlap share the pixels there.
+    always), one for each of crop_margins: what the view adds around the box, as a share of its longer side (neighbours of a
+    similar size share it; one wide margin is fastest). flip: every view is also looked at mirrored. prompt_weight: how many
+    queries the answer to a box prompt counts for. mu: sharpness of the weighting. class_weight: how much the given class
+    counts in it. fit_threshold: choose the threshold by the box, not 0.5. trust_power: the queries' part against the blob's
+    is agreement^trust_power. blob_radius: where the blob has faded to 0, in half sides of the box. pixel_competition: masks
+    whose boxes overlap share the pixels there.
     """
 
     crop_below: float = 0.5
@@ -49,6 +51,10 @@ class LabelOptions:
     blob_radius: float = 1.25
     pixel_competition: bool = True
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= margin < math.inf for margin in self.crop_margins):
+            raise ValueError(f"crop_margins must be 0 or more, as shares of a box's longer side, got {self.crop_margins}")
 
 
 @dataclass
@@ -106,7 +112,7 @@ def masks_for_boxes(
     boxes_n4 = torch.as_tensor(boxes_n4, dtype=torch.float32).cpu().reshape(-1, 4)
     num_boxes = len(boxes_n4)
     labels = [None] * num_boxes if labels_n is None else list(labels_n)
-    views = _views(picture.size, boxes_n4, options)
+    views = views_of(picture.size, boxes_n4, small=options.crop_below, margins=options.crop_margins, mirrored=options.flip)
     sums = [_WeightedMap.empty(pixel_region(box_4, height, width)) for box_4 in boxes_n4]
     for start in range(0, len(views), options.batch_size):
         _add_views(model, processor, picture, views[start : start + options.batch_size], boxes_n4, labels, options, sums)
@@ -137,43 +143,16 @@ def network_labeller(model: nn.Module, processor, options: LabelOptions | None =
 
 
 @dataclass
-class _View:
-    """A part of the picture (left, top, right, bottom), the boxes that it is for, and whether it is looked at mirrored."""
-
-    region: tuple[int, int, int, int]
-    owners: list[int]
-    mirrored: bool = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels of the picture."""
-        left, top, right, bottom = self.region
-        return right - left, bottom - top
-
-    def pixels(self, picture: Image.Image) -> Image.Image:
-        """Cut out of the picture. Made when it is looked at: all views of a large picture together would fill the memory."""
-        part = picture.crop(self.region)
-        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else part
-
-    def boxes(self, boxes_n4: Tensor) -> Tensor:
-        """The boxes of its owners in its own pixels -> (owners, 4)."""
-        x1, y1, x2, y2 = (boxes_n4[self.owners] - torch.tensor([*self.region[:2]] * 2)).unbind(-1)
-        if self.mirrored:
-            x1, x2 = self.size[0] - x2, self.size[0] - x1
-        return torch.stack([x1, y1, x2, y2], dim=-1)
-
-
-@dataclass
 class _WeightedMap:
     """Sums over queries and views for one box: weight * probability inside the box's pixels, weight * agreement, weight."""
 
-    region: tuple[int, int, int, int]
+    region: Region
     map_hw: Tensor
     agreement: float = 0.0
     weight: float = 0.0
 
     @classmethod
-    def empty(cls, region: tuple[int, int, int, int]) -> _WeightedMap:
+    def empty(cls, region: Region) -> _WeightedMap:
         left, top, right, bottom = region
         return cls(region, torch.zeros(bottom - top, right - left))
 
@@ -186,38 +165,7 @@ class _WeightedMap:
         return self.agreement / max(self.weight, 1e-12)
 
 
-def _views(picture_size: tuple[int, int], boxes_n4: Tensor, options: LabelOptions) -> list[_View]:
-    """The whole picture for all boxes, and square crops around each small one, cut at the border of the picture."""
-    if len(boxes_n4) == 0:
-        return []
-    whole = (0, 0, *picture_size)
-    views = [_View(whole, list(range(len(boxes_n4))))]
-    for i, box_4 in enumerate(boxes_n4):
-        if float((box_4[2:] - box_4[:2]).max()) < options.crop_below * max(picture_size):
-            regions = dict.fromkeys(_crop_region(box_4, picture_size, margin) for margin in options.crop_margins)
-            views += [_View(region, [i]) for region in regions if region != whole]
-    return views + [replace(view, mirrored=True) for view in views] if options.flip else views
-
-
-def _crop_region(box_4: Tensor, picture_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
-    """The pixels of a square around a box that lie in the picture, at least one -> (left, top, right, bottom)."""
-    (width, height), (x1, y1, x2, y2) = picture_size, box_4.tolist()
-    side = max(x2 - x1, y2 - y1) * (1 + 2 * margin)
-    left, top = max(0, int((x1 + x2 - side) / 2)), max(0, int((y1 + y2 - side) / 2))
-    left, top = min(left, width - 1), min(top, height - 1)
-    right, bottom = min(width, int((x1 + x2 + side) / 2) + 1), min(height, int((y1 + y2 + side) / 2) + 1)
-    return left, top, max(right, left + 1), max(bottom, top + 1)
-
-
-def pixel_region(box_4: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
-    """The whole pixels that a box touches, at least one, inside the picture -> (left, top, right, bottom)."""
-    x1, y1, x2, y2 = box_4.tolist()
-    left, top = min(max(int(x1), 0), width - 1), min(max(int(y1), 0), height - 1)
-    right, bottom = min(width, math.ceil(x2)), min(height, math.ceil(y2))
-    return left, top, max(right, left + 1), max(bottom, top + 1)
-
-
-def _add_views(model, processor, picture, views: list[_View], boxes_n4: Tensor, labels, options: LabelOptions, sums) -> None:
+def _add_views(model, processor, picture, views: list[View], boxes_n4: Tensor, labels, options: LabelOptions, sums) -> None:
     """Run a batch of views and add what they say about each of their boxes to `sums`, in place."""
     device = next(model.parameters()).device
     inputs = processor([view.pixels(picture) for view in views], return_tensors="pt")
@@ -278,7 +226,7 @@ def _blended(total: _WeightedMap, options: LabelOptions) -> Tensor:
     return trust * probability_hw + (1 - trust) * _blob(probability_hw, options.blob_radius)
 
 
-def _competed(maps: Sequence[Tensor], regions: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
+def _competed(maps: Sequence[Tensor], regions: Sequence[Region]) -> list[Tensor]:
     """What each box keeps of its map against its strongest rival at every pixel (`pixel_competition.py`)."""
     scores = [map_hw * _blob(map_hw, RADIUS) for map_hw in maps]
     kept = []

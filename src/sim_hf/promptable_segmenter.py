@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
 
-from sim_hf.labeling import BoxMasks, pixel_region
+from sim_hf.label_views import pixel_region
+from sim_hf.labeling import BoxMasks
 
 
 class UnavailableError(OSError):
