@@ -8,7 +8,8 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.labeling import LabelOptions, _blended, _decide, _weigh_queries, _WeightedMap, masks_for_boxes
+from sim_hf.label_views import View
+from sim_hf.labeling import LabelOptions, _blended, _decide, _seen, _weigh_queries, _WeightedMap, masks_for_boxes
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
 
@@ -174,3 +175,15 @@ def test_masks_of_a_crowd_come_from_windows_that_it_shares():
     boxes = torch.tensor([[x, y, x + 6, y + 6] for x, y in corners], dtype=torch.float32)
     found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes, options=LabelOptions(crop_margins=(2.0,)))
     assert found.masks().flatten(1).sum(-1).tolist() == [36] * 16
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_what_a_view_says_about_a_region_is_the_resized_map_cut_there(mirrored):
+    torch.manual_seed(0)
+    map_11hw = torch.rand(1, 1, 24, 32)
+    view = View((10, 20, 150, 110), (0,), mirrored)
+    resized = torch.nn.functional.interpolate(map_11hw, (90, 140), mode="bilinear")[0, 0]
+    resized = resized.flip(-1) if mirrored else resized
+    for region in ((10, 20, 150, 110), (30, 25, 31, 60), (149, 109, 150, 110)):
+        left, top, right, bottom = region
+        assert torch.allclose(_seen(map_11hw, view, region), resized[top - 20 : bottom - 20, left - 10 : right - 10], atol=1e-5)

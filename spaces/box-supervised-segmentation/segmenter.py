@@ -25,7 +25,7 @@ from sim_hf.labeling import masks_for_boxes
 from sim_hf.visualization import PALETTE
 from uploads import Upload
 
-MIN_SCORE, MAX_INSTANCES = 0.05, 30
+MIN_SCORE, MAX_INSTANCES = 0.05, 100  # as many as COCO counts
 _SHOWN_SIDE = 1280
 _SAME_OBJECT = 0.8  # IoU of two masks
 _LOOKED_AT = 4  # every so many pixels of a mask, in both directions

@@ -78,15 +78,15 @@ def pixel_region(box_4: Tensor, height: int, width: int) -> Region:
 def _windows(picture_size: tuple[int, int], boxes_n4: Tensor, members: list[int], margin: float) -> list[View]:
     """Square windows that show each of the boxes `members` in one of them: the largest box that none shows yet decides the
     size, and its neighbours, the nearest first, come in as long as all of them fit."""
-    side_n = (boxes_n4[:, 2:] - boxes_n4[:, :2]).amax(-1)
+    side_n = (boxes_n4[:, 2:] - boxes_n4[:, :2]).amax(-1).tolist()
     center_n2 = (boxes_n4[:, :2] + boxes_n4[:, 2:]) / 2
     surroundings = [_surroundings(box_4, picture_size) for box_4 in boxes_n4]
-    waiting = sorted(members, key=lambda i: -float(side_n[i]))
+    waiting = sorted(members, key=side_n.__getitem__, reverse=True)
     found = []
     while waiting:
         largest = waiting[0]
         hull, owners = surroundings[largest], [largest]
-        side = max(int(float(side_n[largest]) * (1 + 2 * margin)) + 1, _longer_side(hull))
+        side = max(int(side_n[largest] * (1 + 2 * margin)) + 1, _longer_side(hull))
         distance_n = (center_n2 - center_n2[largest]).abs().amax(-1).tolist()
         similar = [i for i in waiting[1:] if side_n[i] >= _SMALLEST * side_n[largest] and distance_n[i] < side]
         for i in sorted(similar, key=distance_n.__getitem__):

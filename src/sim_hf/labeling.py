@@ -195,16 +195,22 @@ def _add_views(model, processor, picture, views: list[View], boxes_n4: Tensor, l
                 counts_Q = torch.cat([counts_Q, torch.tensor([options.prompt_weight])])
             weight_Q, agreement_Q = _weigh_queries(probability_QK, mask_Qhw, boxes[row][place], labels[owner], stride, options)
             weight_Q = weight_Q * counts_Q
-            map_hw = torch.einsum("q,qhw->hw", weight_Q, mask_Qhw)[None, None]
-            map_hw = functional.interpolate(map_hw, padded, mode="bilinear")[:, :, :height, :width]
-            map_hw = functional.interpolate(map_hw, view.size[::-1], mode="bilinear")[0, 0]
-            if view.mirrored:
-                map_hw = map_hw.flip(-1)
+            map_11hw = torch.einsum("q,qhw->hw", weight_Q, mask_Qhw)[None, None]
+            map_11hw = functional.interpolate(map_11hw, padded, mode="bilinear")[:, :, :height, :width]
             total = sums[owner]
-            (left, top, right, bottom), (x, y, _, _) = total.region, view.region
-            total.map_hw += map_hw[top - y : bottom - y, left - x : right - x]
+            total.map_hw += _seen(map_11hw, view, total.region)
             total.agreement += float((weight_Q * agreement_Q).sum())
             total.weight += float(weight_Q.sum())
+
+
+def _seen(map_11hw: Tensor, view: View, region: Region) -> Tensor:
+    """A view's map at the size of the picture, in a region of it -> (height, width). The same as resizing the whole map,
+    without the millions of pixels around a small box."""
+    left, top, right, bottom = region
+    x = (2 * (torch.arange(left, right) - view.region[0]) + 1) / view.size[0] - 1  # -1..1 from side to side
+    y = (2 * (torch.arange(top, bottom) - view.region[1]) + 1) / view.size[1] - 1
+    grid = torch.stack(torch.broadcast_tensors(-x if view.mirrored else x, y[:, None]), dim=-1)[None]
+    return functional.grid_sample(map_11hw, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
 
 
 def _weigh_queries(
