@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim_hf.label_views import pixel_region, views_of
+from sim_hf.label_views import _windows, pixel_region, views_of
 
 
 def regions_and_owners(picture_size, boxes, **options):
@@ -77,6 +77,9 @@ def test_every_small_box_is_wholly_in_one_window_of_each_margin(picture_size, fr
     )
     views = views_of(picture_size, boxes, small=0.5, margins=margins, mirrored=False)
     assert len(set(views)) == len(views)
+    for margin in margins:
+        windows = _windows(picture_size, boxes, list(range(len(boxes))), margin)
+        assert sorted(i for view in windows for i in view.owners) == list(range(len(boxes)))
     whole = (0, 0, width, height)
     for i, box in enumerate(boxes):
         mine = [view for view in views if i in view.owners and view.region != whole]

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from factories import tiny_processor
-from sim_hf.label_views import View
+from sim_hf.label_views import View, views_of
 from sim_hf.labeling import LabelOptions, _blended, _decide, _seen, _weigh_queries, _WeightedMap, masks_for_boxes
 from sim_hf.structures import box_iou_pairwise, box_masks, mask_boxes
 
@@ -173,6 +173,7 @@ def test_masks_of_a_crowd_come_from_windows_that_it_shares():
     for x, y in corners:
         picture.paste((0, 0, 0), (x, y, x + 6, y + 6))
     boxes = torch.tensor([[x, y, x + 6, y + 6] for x, y in corners], dtype=torch.float32)
+    assert len(views_of(picture.size, boxes, small=0.5, margins=(2.0,), mirrored=False)) == 1 + 4
     found = masks_for_boxes(DarkPixels(), tiny_processor(), picture, boxes, options=LabelOptions(crop_margins=(2.0,)))
     assert found.masks().flatten(1).sum(-1).tolist() == [36] * 16
 
