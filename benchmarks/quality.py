@@ -5,15 +5,17 @@
     python benchmarks/quality.py --rows boxinst sim sim-alpha-0 sim-alpha-1               # an ablation
     python benchmarks/quality.py --jobs 12 --data FOLDER --seeds 0 1 2 --minutes 9        # a GPU with many cores: 12 at a time
     python benchmarks/quality.py --data FOLDER FOLDER OTHER       # trained on all (one of them twice), measured on each
-    python benchmarks/quality.py --table-only                     # trains nothing: docs/results.md from all finished runs
+    python benchmarks/quality.py --table-only                     # trains nothing: docs/results.md from the finished runs
 
 A row is scripts/configs/quality-ROW.yaml, which may only change the supervision; all other settings are those of
 scripts/configs/quality-size-SIZE.yaml. The same command goes on where it stopped: a finished run has its results.json, an
 unfinished one its checkpoint. Further options are those of `sim-hf train`, for all rows (--max_steps 300, --model FOLDER,
 --backbone_weights FILE). Masks of training images are read by the row `full`, and to measure masks when training is over.
 
-Runs lie in runs/quality/NAME/ROW/seed-S/, each with config.yaml, for `sim-hf train --config`. Pictures of generated scenes
-stand beside the page of the table; those of other data stay in runs/.
+Runs lie in runs/quality/NAME/ROW/seed-S/, each with config.yaml, for `sim-hf train --config`. --table-only puts what they
+measured into docs/results/NAME.json and writes the page from these files, so it also works where earlier runs are gone; a grid
+that is called by its name again gets rows and seeds to those it has. Pictures of generated scenes stand beside the page; those
+of other data stay in runs/.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from quality_logs import Grid, read_grid, read_log, write_log
 from quality_run import CONFIGS, OutOfTimeError, finish, make_run
-from quality_table import picture_sheet, read_grid, section, summary, tables, write_page
+from quality_table import picture_sheet, section, summary, tables, write_page
 from sim_hf.data import write_scenes
 from sim_hf.data.scenes import GENERATOR_NAME
 from sim_hf.promptable_segmenter import UnavailableError
@@ -165,10 +168,16 @@ def describe_data(folder: Path) -> tuple[str, bool]:
 
 
 def write_grid(folder: Path, options: argparse.Namespace, data: Sequence[Path], flags: Sequence[str]) -> None:
-    """What the table says about the grid, and the order of its rows; rows of earlier calls stay."""
+    """What the table says about the grid, and the order of its rows; rows of earlier calls stay, also where only their log is
+    at hand."""
     described = [describe_data(place) for place in dict.fromkeys(data)]
     path = folder / "grid.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "seeds": []}
+    log = options.output.with_suffix("") / f"{folder.name}.json"
+    earlier = {"rows": [], "seeds": []}
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    elif log.exists():
+        earlier = read_log(log).info
     rows = list(dict.fromkeys([*earlier["rows"], *options.rows]))
     seeds = sorted({*earlier["seeds"], *options.seeds})
     where = [] if options.data is None else ["--data", *(f"DATA/{place.name}" for place in data)]
@@ -190,24 +199,35 @@ def write_grid(folder: Path, options: argparse.Namespace, data: Sequence[Path], 
 
 
 def write_results_page(runs: Path, output: Path, name: str | None) -> None:
-    """Sections of all grids (or the named one) that have a finished run, and their sheets of pictures."""
-    grids = [grid for path in sorted(runs.glob("*/grid.json")) if (grid := read_grid(path.parent)).records]
-    sections = {"summary": text} if (text := summary(grids)) else {}
-    for grid in grids:
-        if name is not None and grid.name != name:
-            continue
-        sheet = picture_sheet(grid)
-        place = output.parent / f"{output.stem}-{grid.name}.jpg" if grid.info["generated"] else grid.folder / "sheet.jpg"
-        if sheet is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(place, quality=88)
-            print(f"written: {place}")
-        sections[grid.name] = section(grid, place.name if sheet is not None and grid.info["generated"] else None)
+    """Keep what the finished runs of all grids (or the named one) measured beside the page, and write their sections from all
+    that is kept there, with a sheet of pictures where the runs are at hand."""
+    logs = output.with_suffix("")
+    for path in sorted(runs.glob("*/grid.json")):
+        if (grid := read_grid(path.parent)).records and name in (None, grid.name):
+            write_log(logs / f"{grid.name}.json", grid)
+    grids = [read_log(path) for path in sorted(logs.glob("*.json"))]
+    chosen = [grid for grid in grids if name in (None, grid.name)]
+    if not chosen:
+        raise SystemExit(f"no finished run under {runs}{'' if name is None else f'/{name}'}, and none kept in {logs}")
+    page = output.read_text(encoding="utf-8") if output.exists() else ""
+    sections = {"summary": text} if (text := summary(grids, page)) else {}
+    for grid in chosen:
+        sections[grid.name] = section(grid, write_sheet(grid, runs / grid.name, output))
         print(f"\n{grid.name}\n{tables(grid)}")
-    if not sections or name not in [None, *sections]:
-        raise SystemExit(f"no finished run under {runs}{'' if name is None else f'/{name}'}")
     write_page(output, sections)
     print(f"written: {output}")
+
+
+def write_sheet(grid: Grid, runs: Path, page: Path) -> str | None:
+    """Pictures of generated scenes beside the page -> their name there, also of an earlier sheet whose runs are gone; of other
+    data into the folder of the runs -> None."""
+    place = page.parent / f"{page.stem}-{grid.name}.jpg" if grid.info["generated"] else runs / "sheet.jpg"
+    sheet = picture_sheet(grid, runs)
+    if sheet is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(place, quality=88)
+        print(f"written: {place}")
+    return place.name if grid.info["generated"] and place.exists() else None
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from quality_logs import Grid
 from quality_run import ROW_OPTIONS
 from sim_hf.visualization import contact_sheet
 
@@ -44,30 +44,10 @@ PAGE_TITLE = f"# Supervisions compared\n\n{LEGEND}"
 SHEET_CELL = 260
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What lies in the folder of a grid: info as `quality.py` wrote it, and the records of the finished runs by row."""
-
-    name: str
-    folder: Path
-    info: dict[str, Any]
-    records: dict[str, list[dict[str, Any]]]
-
-
-def read_grid(folder: Path) -> Grid:
-    """Rows stand in the order of the grid's file; a row without a finished run is left out."""
-    info = json.loads((folder / "grid.json").read_text(encoding="utf-8"))
-    records = {}
-    for row in info["rows"]:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / row).glob("seed-*/results.json"))]
-        if found:
-            records[row] = sorted(found, key=lambda record: record["seed"])
-    return Grid(folder.name, folder, info, records)
-
-
-def summary(grids: Sequence[Grid]) -> str:
-    """The paper's question, one line for every grid and set of validation images that can answer it; empty where none can."""
-    lines = []
+def summary(grids: Sequence[Grid], page: str = "") -> str:
+    """The paper's question, one line for every grid and set of validation images that can answer it; empty where none can.
+    Lines of `page` (its text) about grids that are not at hand stay."""
+    lines = {name: lines for name, lines in _summary_lines_of(page).items() if name not in {grid.name for grid in grids}}
     for grid in grids:
         sets = ["", *(f"{other}/" for other in grid.info.get("others", []))]
         for data, prefix in zip(grid.info["data"].split(", ", len(sets) - 1), sets, strict=True):
@@ -82,12 +62,22 @@ def summary(grids: Sequence[Grid]) -> str:
                 gains = [ours - theirs for ours, theirs in zip(sim, boxinst, strict=True)]
                 cells = [_cell(values, PERCENT, 1) for values in (boxinst, sim, full, gains)]
                 share = f"{statistics.mean(sim) / statistics.mean(full):.0%}"
-                lines.append("| " + " | ".join([data, f"`{grid.name}`", f"{len(seeds)}, {len(full)}", *cells, share]) + " |")
+                line = "| " + " | ".join([data, f"`{grid.name}`", f"{len(seeds)}, {len(full)}", *cells, share]) + " |"
+                lines.setdefault(grid.name, []).append(line)
     head = [
         "| validation images | table | seeds, of `full` | `boxinst` | `sim` | `full` | sim - boxinst | sim / full |",
         "|---" * 8 + "|",
     ]
-    return "\n".join([*head, *lines, ""]) if lines else ""
+    return "\n".join([*head, *(line for name in sorted(lines) for line in lines[name]), ""]) if lines else ""
+
+
+def _summary_lines_of(page: str) -> dict[str, list[str]]:
+    block = re.search(r"<!-- summary -->\n(.*?)<!-- end of summary -->", page, re.DOTALL)
+    found: dict[str, list[str]] = {}
+    for line in block[1].splitlines() if block else []:
+        if name := re.match(r"\| .*? \| `(.+?)` \| \d", line):
+            found.setdefault(name[1], []).append(line)
+    return found
 
 
 def tables(grid: Grid) -> str:
@@ -153,10 +143,11 @@ def write_page(path: Path, sections: dict[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def picture_sheet(grid: Grid) -> Image.Image | None:
-    """The same images in every line: the given boxes, then one column for each row, all of the first seed."""
+def picture_sheet(grid: Grid, runs: Path) -> Image.Image | None:
+    """The same images in every line: the given boxes, then one column for each row, all of the first seed. runs: the folder
+    of the grid's runs."""
     seed = _first_seed(grid)
-    folders = {row: grid.folder / row / f"seed-{seed}" / "pictures" for row in grid.records}
+    folders = {row: runs / row / f"seed-{seed}" / "pictures" for row in grid.records}
     folders = {row: folder for row, folder in folders.items() if folder.is_dir()}
     if not folders:
         return None

@@ -29,7 +29,8 @@ def load(name):
     return module
 
 
-quality_run, quality_table, quality = load("quality_run"), load("quality_table"), load("quality")
+quality_logs, quality_run = load("quality_logs"), load("quality_run")
+quality_table, quality = load("quality_table"), load("quality")
 
 OTHER_SUPERVISIONS = {
     "level_set_image_weight", "level_set_feature_weight", "consistency_weight", "consistency_iterations",
@@ -143,6 +144,10 @@ def test_a_finished_run_with_other_options_is_refused(flags, finished):
         grid([*flags, "--learning_rate", "0.001"], finished)
 
 
+def line_of(page, row):
+    return next(line for line in page.read_text().splitlines() if line.startswith(f"| `{row}` |"))
+
+
 def test_the_page_is_written_from_the_logs_alone_and_keeps_what_others_wrote(finished, tmp_path):
     page = tmp_path / "results.md"
     quality.main(["--table-only", "--runs", str(finished), "--output", str(page)])
@@ -150,8 +155,7 @@ def test_the_page_is_written_from_the_logs_alone_and_keeps_what_others_wrote(fin
     records = results_of(finished)
     assert "## generated scenes (6 + 2 images), tiny" in once
     for row, record in records.items():
-        line = next(line for line in once.splitlines() if line.startswith(f"| `{row}` |"))
-        cells = [cell.strip() for cell in line.split("|")[2:]]
+        cells = [cell.strip() for cell in line_of(page, row).split("|")[2:]]
         assert cells[0] == f"{100 * record['segm/AP']:.1f}" and cells[7] == f"{record['matched_mask_iou']:.3f}"
         assert cells[-3:-1] == ["1", "2"]
     assert f"{records['sim']['filled_box_iou']:.3f}" in next(line for line in once.splitlines() if "boxes filled in" in line)
@@ -164,6 +168,45 @@ def test_the_page_is_written_from_the_logs_alone_and_keeps_what_others_wrote(fin
     assert page.read_text() == once + "\n<!-- other -->\nkept\n<!-- end of other -->\n"
 
 
+def test_the_page_is_written_again_where_the_runs_are_gone(finished, tmp_path):
+    page, log = tmp_path / "results.md", tmp_path / "results" / "tiny-few-scenes.json"
+    quality.main(["--table-only", "--runs", str(finished), "--output", str(page)])
+    once, kept = page.read_text(), log.read_text()
+    assert "/tmp" not in kept and str(finished) not in kept and "few-scenes" in kept
+    page.unlink()
+    quality.main(["--table-only", "--runs", str(tmp_path / "nothing"), "--output", str(page)])
+    assert page.read_text() == once and log.read_text() == kept
+
+
+def test_a_grid_gets_rows_and_seeds_to_those_that_were_kept(flags, finished, tmp_path):
+    page, log = tmp_path / "results.md", tmp_path / "results" / "tiny-few-scenes.json"
+    quality.main(["--table-only", "--runs", str(finished), "--output", str(page)])
+    boxinst = line_of(page, "boxinst")
+    runs = tmp_path / "runs" / log.stem
+    command = ["--rows", "sim", "full", "--seeds", "1", "--output", str(page), *flags]
+    options, training = quality.parse(command)
+    quality.write_grid(runs, options, options.data, training)
+    record = next(run for run in json.loads(log.read_text())["runs"] if run["row"] == "sim")
+    for row in ("sim", "full"):
+        place = runs / row / "seed-1"
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps({**record, "row": row, "seed": 1, "segm/AP": 0.5}))
+    quality.main(["--table-only", "--runs", str(runs.parent), "--output", str(page)])
+    assert line_of(page, "boxinst") == boxinst
+    assert line_of(page, "sim").endswith("| 2 | 2 |") and line_of(page, "full").startswith("| `full` | 50.0 |")
+    assert "--rows boxinst sim full --seeds 0 1 --data DATA/few-scenes" in page.read_text()
+
+
+def test_the_summary_keeps_lines_of_tables_whose_logs_are_gone(tmp_path):
+    head = "| validation images | table | seeds, of `full` |"
+    gone = ["| old (1 + 1 images) | `b` | 3, 3 | 1 |", "| more, of them (1 + 1 images) | `b` | 3, 3 | 2 |"]
+    page = "\n".join(["<!-- summary -->", head, *gone, "| x (3 + 1 images) | `c` | 1, 1 | stale |", "<!-- end of summary -->"])
+    records = {row: [{"seed": 0, "segm/AP": ap}] for row, ap in (("boxinst", 0.1), ("sim", 0.2), ("full", 0.4))}
+    grids = [quality_logs.Grid(name, {"data": f"{name} (3 + 1 images)"}, records) for name in ("c", "a")]
+    lines = quality_table.summary(grids, page).splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == ["a", "b", "b", "c"] and lines[3:5] == gone and "stale" not in lines[5]
+
+
 def test_pictures_of_photographs_stay_among_the_runs(finished, tmp_path):
     (path,) = finished.glob("*/grid.json")
     info = path.read_text()
@@ -172,7 +215,7 @@ def test_pictures_of_photographs_stay_among_the_runs(finished, tmp_path):
         quality.main(["--table-only", "--runs", str(finished), "--output", str(tmp_path / "results.md")])
     finally:
         path.write_text(info)
-    assert [found.name for found in tmp_path.iterdir()] == ["results.md"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["results", "results.md"]
     assert (path.parent / "sheet.jpg").exists() and "![" not in (tmp_path / "results.md").read_text()
 
 
@@ -183,31 +226,33 @@ def test_the_table_gives_mean_and_standard_deviation_over_the_seeds(tmp_path):
     for seed, ap in ((0, 0.2), (1, 0.3), (2, 0.4)):
         folder = tmp_path / "grid" / "sim" / f"seed-{seed}"
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps({**base, "seed": seed, "segm/AP": ap, "segm/AP_small": None}))
+        (folder / "results.json").write_text(
+            json.dumps({**base, "row": "sim", "seed": seed, "segm/AP": ap, "segm/AP_small": None})
+        )
     info = {"rows": ["full", "sim"], "data": "photos (3 + 1 images)", "size": "tiny", "command": "c", "generated": False}
     (tmp_path / "grid" / "grid.json").write_text(json.dumps(info))
-    text = quality_table.section(quality_table.read_grid(tmp_path / "grid"))
+    text = quality_table.section(quality_logs.read_grid(tmp_path / "grid"))
     assert "| `sim` | 30.0 ± 10.0 | - |" in text and "`full`" not in text
     assert "* Hardware: A; 2.00 s a step" in text and "`0123456789` with changes" in text
     other = tmp_path / "grid" / "full" / "seed-0"
     other.mkdir(parents=True)
     assert "NOT COMPARABLE" not in text and "but other weights" not in text
     changed = {"initial_weights": "x", "options": {"max_steps": 6, "alpha": 0.7}}
-    (other / "results.json").write_text(json.dumps({**base, "seed": 0, "segm/AP": 0.5, **changed}))
-    text = quality_table.section(quality_table.read_grid(tmp_path / "grid"))
+    (other / "results.json").write_text(json.dumps({**base, "row": "full", "seed": 0, "segm/AP": 0.5, **changed}))
+    text = quality_table.section(quality_logs.read_grid(tmp_path / "grid"))
     assert "but other weights in" in text and "NOT COMPARABLE: the runs differ in max_steps" in text and "alpha" not in text
 
 
 def test_the_summary_compares_the_seeds_that_sim_and_boxinst_share(tmp_path):
     def grid_of(**ap):
         records = {row: [{"seed": s, "segm/AP": v, "b/segm/AP": v / 2} for s, v in values.items()] for row, values in ap.items()}
-        return quality_table.Grid("g", tmp_path, {"data": "a (3 + 1 images), b (2 + 1 images)", "others": ["b"]}, records)
+        return quality_logs.Grid("g", {"data": "a (3 + 1 images), b (2 + 1 images)", "others": ["b"]}, records)
 
     text = quality_table.summary([grid_of(boxinst={0: 0.2, 1: 0.4}, sim={0: 0.3, 1: 0.6, 2: 0.9}, full={1: 0.6})])
     assert "| a (3 + 1 images) | `g` | 2, 1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 60.0 | 15.0 ± 7.1 | 75% |" in text
     assert "| b (2 + 1 images) | `g` | 2, 1 | 15.0 ± 7.1 | 22.5 ± 10.6 | 30.0 | 7.5 ± 3.5 | 75% |" in text
-    commas = quality_table.Grid(
-        "g", tmp_path, {"data": "a, b (3 + 1 images)"}, grid_of(boxinst={0: 0.2}, sim={0: 0.3}, full={0: 0.4}).records
+    commas = quality_logs.Grid(
+        "g", {"data": "a, b (3 + 1 images)"}, grid_of(boxinst={0: 0.2}, sim={0: 0.3}, full={0: 0.4}).records
     )
     assert "| a, b (3 + 1 images) | `g` | 1, 1 |" in quality_table.summary([commas])
     without_full, without_boxinst = grid_of(boxinst={0: 0.2}, sim={0: 0.3}), grid_of(boxinst={}, sim={0: 0.2}, full={1: 0.1})
