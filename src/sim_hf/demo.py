@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sim_hf.conversion import CocoSource, write_coco_folder
 from sim_hf.data import load_coco, write_scenes
 from sim_hf.evaluation import format_table, write_results
 from sim_hf.evaluation.baselines import filled_box_metrics, mean_fills
@@ -45,6 +46,7 @@ AT_HOME_AP = 0.25  # box AP of a start that knows such pictures, not just the na
 LEARNING_RATE = 5e-4
 AT_HOME_RATE = 5e-5  # there is nothing to learn but these pictures
 COUNTED_INSTANCES = 100  # per image, by COCO's AP
+VAL_FRACTION = 0.2  # of the images, where none are there to measure on
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,15 @@ def run_demo(options: DemoOptions) -> dict:
     start = _start(options)
     data = _data(options)
     _fresh_folder(output)
+    data = _as_data_folder(data, output / "data")
     print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
     data = _with_fitting_input(start, data)
     start = _with_affordable_queries(start, data)
     arguments = _arguments(options, start, data, "sim", output / "sim")
     trial = Trainer(_with_pseudo_masks_at_once(arguments))
     before, _ = _evaluate(trial)
-    print(f"before training: mask AP {_percent(before['segm/AP'])}, AP50 {_percent(before['segm/AP50'])}")
+    what, kind = _measured(before)
+    print(f"before training: {what} AP {_percent(before[f'{kind}/AP'])}, AP50 {_percent(before[f'{kind}/AP50'])}")
     at_home = _is_at_home(start, data, before)
     steps = options.steps or _steps_that_fit(trial, options.minutes)
     del trial
@@ -108,7 +112,7 @@ def run_demo(options: DemoOptions) -> dict:
         record["full_supervision"] = _full_supervision(full, halfway=at_home)
     save_model_folder(trainer.exported, trainer.processor, output / "model")
     write_results(output / "results.json", after, extra=record)
-    _report(after, record, output, options)
+    _report(after, record, output, data)
     return {**after, **record}
 
 
@@ -147,6 +151,19 @@ def _data(options: DemoOptions) -> DataArguments:
     if "/" not in options.data or options.data.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--data {options.data}: no such folder (and not a Hub id of the form owner/name)")
     return replace(arguments, dataset=options.data)
+
+
+def _as_data_folder(data: DataArguments, place: Path) -> DataArguments:
+    """COCO files that lie there as other tools lay them out, or without validation images, as a data folder (hard links)."""
+    if not data.data:
+        return data
+    folder = Path(data.data[0])
+    if all((folder / name).exists() for name in ("images", "instances_train.json", "instances_val.json")):
+        return data
+    report = write_coco_folder(CocoSource(folder), place, val_fraction=VAL_FRACTION)
+    counts = " and ".join(f"{counts.num_images} images for {split}" for split, counts in report.splits.items())
+    print(f"data: {counts}, made of the COCO files in {folder}: {place}")
+    return replace(data, data=[str(place)])
 
 
 def _with_fitting_input(start: ModelArguments, data: DataArguments) -> DataArguments:
@@ -302,11 +319,12 @@ def _full_supervision(arguments: ArgumentGroups, *, halfway: bool) -> dict:
     return metrics
 
 
-def _report(after: dict, record: dict, output: Path, options: DemoOptions) -> None:
+def _report(after: dict, record: dict, output: Path, data: DataArguments) -> None:
     print(f"\n{format_table(after)}")
     before, fills, filled, pseudo = record["before"], record["mean_fill"], record["filled_boxes"], record["pseudo_masks"]
-    print(f"mask AP   before {_percent(before['segm/AP'])}, after {_percent(after['segm/AP'])}")
-    print(f"mask AP50 before {_percent(before['segm/AP50'])}, after {_percent(after['segm/AP50'])}")
+    what, kind = _measured(after)
+    print(f"{what} AP   before {_percent(before[f'{kind}/AP'])}, after {_percent(after[f'{kind}/AP'])}")
+    print(f"{what} AP50 before {_percent(before[f'{kind}/AP50'])}, after {_percent(after[f'{kind}/AP50'])}")
     if filled:
         print(f"the same detections, boxes filled in: AP {_percent(filled['segm/AP'])}, AP50 {_percent(filled['segm/AP50'])}")
     if record.get("full_supervision"):
@@ -322,13 +340,19 @@ def _report(after: dict, record: dict, output: Path, options: DemoOptions) -> No
         )
     if record["note"]:
         print(record["note"])
-    data = options.data or output.parent / "scenes"
     print(f"\nlook at {output}/overlays.jpg; numbers in {output}/results.json. Next:")
     print(f"  sim-hf predict {output}/model PICTURE... --output runs/predictions")
-    print(f"  sim-hf label {output}/model --annotations {data}/instances_val.json --images {data}/images --output labels.json")
+    for folder in data.data:
+        files = f"--annotations {folder}/instances_val.json --images {folder}/images"
+        print(f"  sim-hf label {output}/model {files} --output labels.json")
     print(
         "  sim-hf train --config scripts/configs/tiny-sim.yaml --data YOUR_FOLDER --model assets/sim-tiny --output_dir runs/mine"
     )
+
+
+def _measured(metrics: dict) -> tuple[str, str]:
+    """What there is to measure by: real masks, or only the boxes of the predicted ones -> what to call it, and its key."""
+    return ("box", "bbox") if metrics["segm/AP"] is None else ("mask", "segm")
 
 
 def _percent(value: float | None) -> str:

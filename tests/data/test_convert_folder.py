@@ -128,6 +128,17 @@ def test_a_hub_data_set_comes_out_as_it_went_in(tmp_path):
     assert report.splits["train"].num_empty_images == 1
 
 
+def test_a_data_set_without_a_validation_split_gets_one_with_its_masks(tmp_path):
+    shapes = write_shapes(tmp_path / "shapes", num_train=4)
+    load_coco(shapes / "images", shapes / "instances_train.json", with_masks=True).save_to_disk(tmp_path / "saved")
+    arguments = ["convert", "hub", str(tmp_path / "saved"), "--val-split", "none", "--val-fraction", "0.5"]
+    assert main([*arguments, "--output", str(tmp_path / "coco")]) == 0
+    documents = {split: json.loads((tmp_path / "coco" / f"instances_{split}.json").read_text()) for split in ("train", "val")}
+    assert [len(document["images"]) for document in documents.values()] == [2, 2]
+    assert not any("segmentation" in annotation for annotation in documents["train"]["annotations"])
+    assert all("segmentation" in annotation for annotation in documents["val"]["annotations"])
+
+
 def test_images_that_have_no_name_get_one(tmp_path):
     objects = {"bbox": List(List(Value("float32"), length=4)), "category": List(ClassLabel(names=["zebra", "ant"]))}
     features = Features({"image": datasets.Image(), "objects": objects})

@@ -1,4 +1,4 @@
-"""`sim-hf convert`: a YOLO, Pascal VOC or Hub data set as the COCO folder that the other commands read.
+"""`sim-hf convert`: a COCO, YOLO, Pascal VOC or Hub data set as the COCO folder that the other commands read.
 
 Class names keep their order, images without objects are kept, the source is never written to. Training gets boxes only: masks,
 where the source has any, go into the validation file and nowhere else.
@@ -11,15 +11,23 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from sim_hf.conversion import ConversionReport, DetectionSource, HubSource, VocSource, YoloSource, write_coco_folder
+from sim_hf.conversion import (
+    CocoSource,
+    ConversionReport,
+    DetectionSource,
+    HubSource,
+    VocSource,
+    YoloSource,
+    write_coco_folder,
+)
 from sim_hf.conversion.voc import DIFFICULT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     output = options.output.resolve()
-    if options.format != "hub":
-        source = Path(options.source).resolve()
+    source = Path(options.source).resolve()
+    if options.format in ("yolo", "voc") or (options.format == "coco" and source.is_dir()):
         folder = source.parent if source.is_file() else source
         if output == folder or output.is_relative_to(folder) or folder.is_relative_to(output):
             raise ValueError(
@@ -37,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _source(options: argparse.Namespace) -> DetectionSource:
+    if options.format == "coco":
+        return CocoSource(
+            Path(options.source),
+            images=options.images,
+            val=options.val,
+            val_images=options.val_images,
+            box_format=options.box_format,
+        )
     if options.format == "yolo":
         return YoloSource(Path(options.source))
     if options.format == "voc":
@@ -68,7 +84,12 @@ def _print(report: ConversionReport, options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sim-hf convert", description=__doc__)
-    formats = parser.add_subparsers(dest="format", required=True, metavar="yolo | voc | hub")
+    formats = parser.add_subparsers(dest="format", required=True, metavar="coco | yolo | voc | hub")
+    coco = formats.add_parser("coco", help="COCO files as Roboflow, COCO 2017, CVAT or Label Studio lay them out, or one file")
+    coco.add_argument("source", metavar="SOURCE", help="the folder of the data set, or the COCO file to train on")
+    coco.add_argument("--images", type=Path, help="folder of the file's images (default: found near it)")
+    coco.add_argument("--val", type=Path, metavar="FILE", help="COCO file to measure on, where SOURCE is a file")
+    coco.add_argument("--val-images", type=Path, metavar="FOLDER", help="folder of its images (default: found near it)")
     yolo = formats.add_parser("yolo", help="data.yaml and text files; polygons become boxes")
     yolo.add_argument("source", metavar="SOURCE", help="the folder of the data set, or its data.yaml")
     voc = formats.add_parser("voc", help="XML files; VOC 2012 with its splits and the masks of its validation images")
@@ -82,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     hub.add_argument("--val-split", default="validation", help="split to measure on, or none (default: %(default)s)")
     hub.add_argument("--config-name", help="configuration of the data set, if it has several")
     hub.add_argument("--revision", help="branch, tag or commit")
-    hub.add_argument("--box-format", choices=("xywh", "xyxy"), default="xywh", help="what bbox holds (default: %(default)s)")
-    for one in (yolo, voc, hub):
+    for one in (coco, hub):
+        one.add_argument("--box-format", choices=("xywh", "xyxy"), default="xywh", help="what bbox holds (default: %(default)s)")
+    for one in (coco, yolo, voc, hub):
         one.add_argument("--output", required=True, type=Path, help="folder to make: images/, instances_train.json, ...val.json")
         one.add_argument("--copy", action="store_true", help="copy the images (default: hard links where that is possible)")
         one.add_argument("--overwrite", action="store_true", help="replace the result of an earlier conversion")

@@ -1,7 +1,7 @@
 """`sim-hf demo`: train on boxes only, on two CPU cores in minutes; show the masks and their mask AP, before and after.
 
 Without --data it renders its own photographs; --data takes a folder with images/, instances_train.json and instances_val.json,
-or the id of a Hub data set.
+one with COCO files as other tools lay them out (`sim-hf convert coco --help`), or the id of a Hub data set.
 """
 
 from __future__ import annotations

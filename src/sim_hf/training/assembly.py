@@ -52,7 +52,10 @@ def coco_folder(folder: str | Path) -> dict[str, Path]:
     }
     for name in ("images", "train"):
         if not paths[name].exists():
-            raise FileNotFoundError(f"{folder}: a data folder holds images/ and instances_train.json; {paths[name]} is missing")
+            raise FileNotFoundError(
+                f"{folder}: a data folder holds images/ and instances_train.json; {paths[name]} is missing. "
+                f"COCO files in another layout become one: sim-hf convert coco {folder} --output FOLDER --val-fraction 0.1"
+            )
     return paths
 
 
