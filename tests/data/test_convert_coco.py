@@ -28,15 +28,6 @@ def shapes(tmp_path):
     return write_shapes(tmp_path / "shapes", num_train=5, num_val=2, empty=(1,))
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """What the faulty files name."""
-    (tmp_path / "images").mkdir()
-    for number, size in ((1, (100, 80)), (2, (100, 80)), (3, (9, 9))):
-        Image.new("RGB", size).save(tmp_path / "images" / f"{number}.png")
-    return tmp_path / "images"
-
-
 def move(shapes, folder, places):
     """A copy of the shapes: split -> (where its file is, where its images are)."""
     for split, (file, images) in places.items():
@@ -205,7 +196,11 @@ def test_training_names_the_command_and_the_demo_makes_the_folder(shapes, tmp_pa
 
 
 @pytest.mark.parametrize("fault", all_files(), ids=str)
-def test_a_faulty_file_is_converted_as_the_check_says(image_folder, tmp_path, fault):
-    (image_folder / "boxes.json").write_bytes(fault.content)
-    convert = ["convert", "coco", str(image_folder / "boxes.json"), "--output", str(tmp_path / "coco")]
+def test_a_faulty_file_is_converted_as_the_check_says(tmp_path, fault):
+    (tmp_path / "images").mkdir()
+    third = (9, 9) if fault.name == "image-without-annotations" else (100, 80)
+    for number, size in ((1, (100, 80)), (2, (100, 80)), (3, third)):
+        Image.new("RGB", size).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "boxes.json").write_bytes(fault.content)
+    convert = ["convert", "coco", str(tmp_path / "boxes.json"), "--output", str(tmp_path / "coco")]
     assert main(convert) == (2 if fault.verdict in ("refused", "unreadable") else 0)
