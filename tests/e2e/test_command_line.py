@@ -138,6 +138,21 @@ def test_the_demo_runs_and_says_what_comes_next(world, tmp_path):
     assert "sim-hf label" in done.stdout and "mean fill" in done.stdout
 
 
+def test_the_demo_takes_boxes_as_another_tool_laid_them_out(world, tmp_path):
+    model, shapes = world
+    document = json.loads((shapes / "instances_train.json").read_text())
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    export = tmp_path / "export" / "train"
+    export.mkdir(parents=True)
+    (export / "_annotations.coco.json").write_text(json.dumps(document))
+    for image in document["images"]:
+        (export / image["file_name"]).write_bytes((shapes / "images" / image["file_name"]).read_bytes())
+    done = sim_hf("demo", "--data", export.parent, "--model", model, "--steps", 2, "--output-dir", tmp_path / "demo")
+    assert "images for val, made of the COCO files in" in done.stdout and "box AP   before" in done.stdout
+    assert f"--annotations {tmp_path / 'demo' / 'data' / 'instances_val.json'}" in done.stdout
+
+
 def test_the_demo_deletes_nothing_that_it_did_not_write(world, tmp_path):
     model, shapes = world
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -30,8 +30,8 @@ _NAME_THEM = "name them: sim-hf convert coco TRAIN.json --images FOLDER --val VA
 
 @dataclass(frozen=True)
 class CocoFile:
-    """A COCO file and the folder that its image names count from. supercategories: names that classes without objects have as
-    the supercategory of others (Roboflow writes one)."""
+    """A COCO file and the folder that its image names count from. placeholders: classes without objects that are the
+    supercategory of others (Roboflow writes one)."""
 
     annotations: Path
     images: Path
@@ -63,8 +63,10 @@ class CocoSource(RowsSource):
         else:
             found = {"train": source} if val is None else {"train": source, "val": val}
         given = {"train": images, "val": val_images}
-        root = source if source.is_dir() else None
-        self.files = {split: _open(path, split, given[split], root) for split, path in found.items()}
+        self.files = {
+            split: _open(path, split, given[split], source if source.is_dir() else _surroundings(path))
+            for split, path in found.items()
+        }
         self.box_format = box_format
         super().__init__(list(self.files))
         for split, names in self.names_of.items():
@@ -124,7 +126,11 @@ def _is_detection_file(path: Path) -> bool:
     return all(f'"{key}"'.encode() in content for key in ("images", "annotations", "categories"))
 
 
-def _open(path: Path, split: str, images: Path | None, root: Path | None) -> CocoFile:
+def _surroundings(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
+
+
+def _open(path: Path, split: str, images: Path | None, root: Path) -> CocoFile:
     document = parse_annotations(path, read_annotation_bytes(path)).document
     if images is None:
         names = [entry.get("file_name") for entry in document["images"][:_NUM_PROBES] if isinstance(entry, Mapping)]
@@ -132,21 +138,19 @@ def _open(path: Path, split: str, images: Path | None, root: Path | None) -> Coc
     return CocoFile(path, images, _placeholders(document))
 
 
-def _images_of(path: Path, split: str, names: Sequence[str], root: Path | None) -> Path:
+def _images_of(path: Path, split: str, names: Sequence[str], root: Path) -> Path:
     """The folder in which the most of the first images are; of the same split, and near the file, first."""
     if not names:
         return path.parent  # the check of the file says what is wrong with it
-    roots = [path.parent, path.parent.parent] if root is None and path.parent.name == "annotations" else [root or path.parent]
-    folders = list(dict.fromkeys([path.parent, *(folder for top in roots for folder in _folders(top))]))
-    base = roots[-1]
+    folders = [path.parent, *_folders(root)]
 
     def fit(folder: Path) -> tuple[int, bool]:
         there = ImageFolder(folder)
-        return sum(there.fault(name) is None for name in names), _split_of(folder.relative_to(base) / "_") in (split, None)
+        return sum(there.fault(name) is None for name in names), _split_of(folder.relative_to(root) / "_") in (split, None)
 
     best = max(folders, key=fit)  # the first of equals
     if fit(best)[0] == 0:
-        raise SourceError(f"{path}: its image {names[0]!r:.200} was found nowhere below {base}; {_NAME_THEM}")
+        raise SourceError(f"{path}: its image {names[0]!r:.200} was found nowhere below {root}; {_NAME_THEM}")
     return best
 
 
