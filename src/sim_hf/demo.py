@@ -71,6 +71,8 @@ def run_demo(options: DemoOptions) -> dict:
     data = _data(options)
     _fresh_folder(output)
     data = _as_data_folder(data, output / "data")
+    if options.compare:
+        _check_comparable(data)
     print(f"start: {start.model or 'random weights' + (' + ImageNet backbone' if start.backbone_weights else '')}")
     data = _with_fitting_input(start, data)
     start = _with_affordable_queries(start, data)
@@ -164,6 +166,14 @@ def _as_data_folder(data: DataArguments, place: Path) -> DataArguments:
     counts = " and ".join(f"{counts.num_images} images for {split}" for split, counts in report.splits.items())
     print(f"data: {counts}, made of the COCO files in {folder}: {place}")
     return replace(data, data=[str(place)])
+
+
+def _check_comparable(data: DataArguments) -> None:
+    """A comparison with full supervision needs masks to train on: said before the minutes of training, not after."""
+    for folder in map(Path, data.data):
+        rows = load_coco(folder / "images", folder / "instances_train.json", with_masks=True)
+        if not any(any(objects["segmentation"]) for objects in rows["objects"]):
+            raise ValueError(f"--compare also trains with the real masks; {folder / 'instances_train.json'} has none")
 
 
 def _with_fitting_input(start: ModelArguments, data: DataArguments) -> DataArguments:

@@ -1,12 +1,21 @@
 """What the demo chooses for a start; its runs are in tests/e2e."""
 
+import json
+
 import pytest
 import torch
 from transformers import Mask2FormerImageProcessor
 
 from factories import NAMES, save_tiny_model, write_shapes
 from sim_hf import demo
-from sim_hf.demo import _is_at_home, _meet_halfway, _weights, _with_affordable_queries, _with_fitting_input
+from sim_hf.demo import (
+    _check_comparable,
+    _is_at_home,
+    _meet_halfway,
+    _weights,
+    _with_affordable_queries,
+    _with_fitting_input,
+)
 from sim_hf.training.arguments import DataArguments, ModelArguments
 
 
@@ -25,6 +34,18 @@ def test_the_same_names_in_other_pictures_are_not_home(tmp_path):
     assert _is_at_home(knows_upper, data, {"bbox/AP": 0.25})
     assert [_is_at_home(knows_all, data, {"bbox/AP": ap}) for ap in (0.25, 0.24, None)] == [True, False, False]
     assert not _is_at_home(knows_some, data, {"bbox/AP": 0.9}) and not _is_at_home(ModelArguments(), data, {"bbox/AP": 0.9})
+
+
+def test_a_comparison_without_masks_is_refused_before_training(tmp_path):
+    shapes = write_shapes(tmp_path / "shapes")
+    _check_comparable(DataArguments(data=[str(shapes)]))
+    file = shapes / "instances_train.json"
+    document = json.loads(file.read_text())
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    file.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"--compare also trains with the real masks; .*instances_train\.json has none"):
+        _check_comparable(DataArguments(data=[str(shapes)]))
 
 
 def test_the_result_of_a_start_that_knows_all_is_the_mean_of_start_and_end():
