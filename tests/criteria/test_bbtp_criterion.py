@@ -17,8 +17,8 @@ from synthetic_outputs import (
 
 from sim_hf.criteria.bbtp import BBTPCriterion
 from sim_hf.criteria.boxinst import BoxInstCriterion
-from sim_hf.losses import box_projections, smoothness_loss, tightness_loss
-from sim_hf.structures import MaskPredictions, box_masks
+from sim_hf.losses import smoothness_loss, tightness_loss
+from sim_hf.structures import MaskPredictions, box_masks, rasterize_boxes
 
 KEYS = ["loss_cross_entropy", "loss_tightness", "loss_smoothness", "loss_mask", "loss_dice"]
 
@@ -38,7 +38,7 @@ def test_losses_are_weighted_sums_over_layers_and_instances():
     losses = call(BBTPCriterion(tightness_weight=5.0, smoothness_weight=0.25), students, targets, num_instances=7.0)
     sums = [0.0, 0.0]
     for logits, instances in zip(layers, ids, strict=True):
-        shadows = box_projections(targets.boxes_G4[instances], *GRID, STRIDE)
+        shadows = rasterize_boxes(targets.boxes_G4[instances], *GRID, STRIDE)
         sums[0] += tightness_loss(logits, *shadows).sum().item()
         sums[1] += smoothness_loss(logits, *shadows).sum().item()
     assert losses["loss_tightness"].item() == pytest.approx(5.0 * sums[0] / 7, rel=1e-5)

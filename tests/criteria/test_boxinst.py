@@ -21,6 +21,7 @@ from synthetic_outputs import (
 from sim_hf.criteria import base
 from sim_hf.criteria.base import linear_warmup
 from sim_hf.criteria.boxinst import BoxInstCriterion
+from sim_hf.losses import box_projections
 from sim_hf.structures import MaskPredictions, box_masks
 
 KEYS = ["loss_cross_entropy", "loss_projection", "loss_pairwise", "loss_mask", "loss_dice"]
@@ -87,6 +88,21 @@ def test_a_mask_that_fills_its_box_has_no_projection_loss():
     assert call(BoxInstCriterion(), [student_of(filled, [0, 1, 2])], targets)["loss_projection"].item() == pytest.approx(
         0, abs=1e-4
     )
+
+
+def test_a_box_that_ends_within_cells_asks_for_their_shares_or_for_whole_cells():
+    targets = make_targets([[3, 5, 29, 22]], [0], [0], num_images=1)
+    rows_GH, columns_GW = box_projections(targets.boxes_G4, *GRID, STRIDE)
+    shares = (rows_GH[:, :, None] * columns_GW[:, None, :]).clamp(1e-6, 1 - 1e-6).logit()
+    whole = 80.0 * box_masks(targets.boxes_G4, *GRID, STRIDE).float() - 40.0
+    for exact, mask, other in ((True, shares, whole), (False, whole, shares)):
+        criterion = BoxInstCriterion(exact_box_edges=exact)
+        loss, more = (
+            call(criterion, [student_of(m, [0])], targets, num_instances=1.0)["loss_projection"].item() for m in (mask, other)
+        )
+        assert loss == pytest.approx(0, abs=1e-3) and more > 0.1
+        cost, higher = (criterion.matching_cost(m, targets, global_step=0).item() for m in (mask, other))
+        assert cost == pytest.approx(0, abs=1e-4) and higher > 0.01
 
 
 def test_warmup_goes_from_zero_to_one_in_a_line():

@@ -72,6 +72,16 @@ def test_every_supervision_matches_as_it_is_told(supervision, matching):
     assert (criterion.matcher.class_cost, criterion.matcher.mask_cost) == (2.0, 5.0)
 
 
+def test_projections_of_whole_cells_are_matched_as_such():
+    arguments = SupervisionArguments(supervision="full", matching="projections", exact_box_edges=False)
+    targets, logits = make_targets([[3, 5, 29, 22]], [0], [0], num_images=1), torch.randn(4, *GRID)
+    cost_QG = build_criterion(arguments, tiny_config(), steps=round).matcher.mask_criterion.matching_cost(
+        logits, targets, global_step=0
+    )
+    assert torch.equal(cost_QG, projection_matching_cost(logits, targets, exact_box_edges=False))
+    assert not torch.equal(cost_QG, projection_matching_cost(logits, targets))
+
+
 def test_soft_assignment_reaches_the_prototypes():
     for hard in (True, False):
         arguments = SupervisionArguments(hard_assignment=hard)

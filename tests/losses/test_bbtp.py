@@ -4,14 +4,15 @@ import pytest
 import references_box_losses as reference
 import torch
 
-from sim_hf.losses import box_projections, smoothness_loss, tightness_loss
+from sim_hf.losses import smoothness_loss, tightness_loss
+from sim_hf.structures import rasterize_boxes
 
 HEIGHT, WIDTH, STRIDE = 6, 7, 4
 BOXES = torch.tensor([[4.0, 4.0, 20.0, 20.0], [13.0, 13.0, 14.0, 14.0], [0.0, 0.0, 28.0, 24.0]])  # usual, one cell, all
 
 
 def shadows():
-    return box_projections(BOXES, HEIGHT, WIDTH, STRIDE)
+    return rasterize_boxes(BOXES, HEIGHT, WIDTH, STRIDE)
 
 
 def test_tightness_of_a_hand_computed_mask():
@@ -32,7 +33,7 @@ def test_smoothness_of_a_hand_computed_mask():
 
 def test_tightness_is_zero_for_a_cross_that_touches_all_sides():
     """One positive in each line is enough: shape inside the box is not this term's business."""
-    rows, columns = box_projections(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), 6, 6, STRIDE)
+    rows, columns = rasterize_boxes(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), 6, 6, STRIDE)
     logits = torch.full((1, 6, 6), -40.0)
     logits[0, 3, 1:5] = 40.0
     logits[0, 1:5, 2] = 40.0
@@ -63,7 +64,7 @@ def test_gradients_are_right(loss):
 
 
 def test_a_box_in_the_padding_keeps_one_cell():
-    rows, columns = box_projections(torch.tensor([[40.0, 40.0, 41.0, 41.0]]), HEIGHT, WIDTH, STRIDE)
+    rows, columns = rasterize_boxes(torch.tensor([[40.0, 40.0, 41.0, 41.0]]), HEIGHT, WIDTH, STRIDE)
     filled = (rows[:, :, None] * columns[:, None] * 2 - 1) * 40
     assert tightness_loss(filled, rows, columns).item() < 1e-6
     assert smoothness_loss(filled, rows, columns).item() == pytest.approx(2 / 2)  # two neighbours in the corner, two lines
@@ -72,7 +73,7 @@ def test_a_box_in_the_padding_keeps_one_cell():
 @pytest.mark.parametrize("loss", [tightness_loss, smoothness_loss])
 def test_no_instance_gives_an_empty_loss_with_a_gradient_path(loss):
     logits = torch.zeros(0, HEIGHT, WIDTH, requires_grad=True)
-    result = loss(logits, *box_projections(torch.zeros(0, 4), HEIGHT, WIDTH, STRIDE))
+    result = loss(logits, *rasterize_boxes(torch.zeros(0, 4), HEIGHT, WIDTH, STRIDE))
     assert result.shape == (0,) and result.dtype == torch.float32
     result.sum().backward()
     assert logits.grad.shape == (0, HEIGHT, WIDTH)
@@ -93,4 +94,4 @@ def test_huge_logits_give_finite_float32_losses_and_gradients(dtype):
 @pytest.mark.parametrize("loss", [tightness_loss, smoothness_loss])
 def test_shadows_of_one_box_are_not_broadcast_over_all_masks(loss):
     with pytest.raises(ValueError, match=r"expected box rows \(3, 6\)"):
-        loss(torch.zeros(3, HEIGHT, WIDTH), *box_projections(BOXES[:1], HEIGHT, WIDTH, STRIDE))
+        loss(torch.zeros(3, HEIGHT, WIDTH), *rasterize_boxes(BOXES[:1], HEIGHT, WIDTH, STRIDE))

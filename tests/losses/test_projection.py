@@ -23,6 +23,37 @@ def test_box_projections_of_a_box_on_the_grid_lines():
     assert rows_GH.dtype == torch.float32
 
 
+def test_box_projections_are_the_shares_of_the_cells_that_the_box_covers():
+    boxes = torch.tensor([[3.0, 5.0, 13.0, 16.0]])
+    rows_GH, columns_GW = box_projections(boxes, 5, 4, STRIDE)
+    assert rows_GH.tolist() == [[0, 0.75, 1, 1, 0]]
+    assert columns_GW.tolist() == [[0.25, 1, 1, 0.25]]
+    whole = box_projections(boxes, 5, 4, STRIDE, whole_cells=True)
+    assert [shadow.tolist() for shadow in whole] == [[[0, 1, 1, 1, 0]], [[0, 1, 1, 0]]]
+    # What the shares add up to is the side of the box, wherever it lies on the grid.
+    torch.testing.assert_close(rows_GH.sum(1) * STRIDE, boxes[:, 3] - boxes[:, 1])
+    torch.testing.assert_close(columns_GW.sum(1) * STRIDE, boxes[:, 2] - boxes[:, 0])
+
+
+def test_box_projections_of_a_mirrored_box_are_mirrored():
+    boxes = torch.tensor([[3.0, 5.0, 13.0, 16.5]])
+    rows, columns = box_projections(boxes, 5, 6, STRIDE)
+    mirrored_rows, mirrored_columns = box_projections(torch.tensor([[24 - 13.0, 5.0, 24 - 3.0, 16.5]]), 5, 6, STRIDE)
+    assert torch.equal(mirrored_columns, columns.flip(1)) and torch.equal(mirrored_rows, rows)
+
+
+@pytest.mark.parametrize("box", [[13.0, 13.0, 14.0, 14.0], [6.0, 6.0, 10.0, 10.0], [2.0, 3.0, 9.9, 10.9]])
+def test_a_box_of_less_than_two_cells_keeps_a_whole_one(box):
+    for shadow in box_projections(torch.tensor([box]), 6, 6, STRIDE):
+        assert set(shadow.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_projection_loss_is_zero_where_the_mask_is_undecided_at_the_edges():
+    shadows = box_projections(torch.tensor([[3.0, 5.0, 13.0, 16.0]]), 5, 4, STRIDE)
+    probabilities = shadows[0][:, :, None] * shadows[1][:, None, :]
+    assert projection_loss(probabilities.clamp(1e-6, 1 - 1e-6).logit(), *shadows).item() < 1e-4
+
+
 def test_projection_loss_is_zero_when_mask_fills_its_box():
     logits_GHW = _filled(_boxes(), 6, 8, 40.0)
     assert projection_loss(logits_GHW, *box_projections(_boxes(), 6, 8, STRIDE)).abs().max() < 1e-4

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sim_hf.criteria.base import grid_stride, known_mask_losses, masks_on_grid, sum_over_layers
 from sim_hf.criteria.matching_costs import projection_matching_cost
-from sim_hf.losses import box_projections, smoothness_loss, tightness_loss
-from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
+from sim_hf.losses import smoothness_loss, tightness_loss
+from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions, rasterize_boxes
 
 
 class BBTPCriterion:
@@ -56,7 +56,7 @@ class BBTPCriterion:
     ) -> CriterionOutput:
         height, width = students[0].mask_logits_NHW.shape[-2:]
         stride = grid_stride(targets, students[0].mask_logits_NHW)
-        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride)
+        rows_GH, columns_GW = rasterize_boxes(targets.boxes_G4, height, width, stride)
         tightness, smoothness = [], []
         for student in students:
             chosen_N = (~targets.has_mask_G)[student.instance_ids_N].nonzero()[:, 0]

@@ -37,6 +37,7 @@ class BoxInstCriterion:
         dilation: int = 2,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
+        exact_box_edges: bool = True,
     ) -> None:
         self.projection_weight = projection_weight
         self.pairwise_weight = pairwise_weight
@@ -46,13 +47,14 @@ class BoxInstCriterion:
         self.dilation = dilation
         self.mask_weight = mask_weight
         self.dice_weight = dice_weight
+        self.exact_box_edges = exact_box_edges
 
     def needs_teacher(self, global_step: int) -> bool:
         return False
 
     def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
         """1 - Dice of the two one-dimensional projections, averaged over the axes -> (Q, G) in 0..1 (Box2Mask's matching)."""
-        return projection_matching_cost(mask_logits_QHW, targets)
+        return projection_matching_cost(mask_logits_QHW, targets, exact_box_edges=self.exact_box_edges)
 
     def __call__(
         self,
@@ -68,7 +70,7 @@ class BoxInstCriterion:
         students = in_few_calls(students)
         height, width = students[0].mask_logits_NHW.shape[-2:]
         stride = grid_stride(targets, students[0].mask_logits_NHW)
-        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride)
+        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride, whole_cells=not self.exact_box_edges)
         similarity_BEHW = color_similarity(
             images_BCHW,
             pixel_mask_BHW.bool(),

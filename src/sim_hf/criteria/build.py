@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from sim_hf.criteria.base import MaskCriterion
@@ -31,6 +32,7 @@ def build_boxinst(*, supervision, num_classes: int, feature_dim: int, steps: Cal
         dilation=supervision.pairwise_dilation,
         mask_weight=supervision.mask_weight,
         dice_weight=supervision.dice_weight,
+        exact_box_edges=supervision.exact_box_edges,
     )
 
 
@@ -44,6 +46,7 @@ def build_level_set(*, supervision, num_classes: int, feature_dim: int, steps: C
         dilation=supervision.pairwise_dilation,
         mask_weight=supervision.mask_weight,
         dice_weight=supervision.dice_weight,
+        exact_box_edges=supervision.exact_box_edges,
     )
 
 
@@ -117,6 +120,8 @@ def build_set(mask_criterion: MaskCriterion, *, supervision, model_config) -> Se
         positives=supervision.positives,
     )
     cost = MATCHING_COSTS[supervision.matching]
+    if cost is projection_matching_cost:
+        cost = partial(cost, exact_box_edges=supervision.exact_box_edges)
     if cost is not None:
         stand_in = cast(MaskCriterion, MatchingBy(cost))  # the matcher asks for the cost only
         criterion.matcher = HungarianMatcher(stand_in, class_cost=supervision.class_cost, mask_cost=supervision.mask_cost)

@@ -18,7 +18,7 @@ from sim_hf.losses import (
     region_energy,
     unit_features,
 )
-from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions
+from sim_hf.structures import CriterionOutput, InstanceTargets, MaskPredictions, box_masks
 
 COLOR_SPREAD = 0.226  # standard deviation of ImageNet's colours in 0..1: the energy is of pixel values as networks see them
 
@@ -46,6 +46,7 @@ class LevelSetCriterion:
         dilation: int = 2,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
+        exact_box_edges: bool = True,
     ) -> None:
         self.projection_weight = projection_weight
         self.image_weight = image_weight
@@ -56,13 +57,14 @@ class LevelSetCriterion:
         self.dilation = dilation
         self.mask_weight = mask_weight
         self.dice_weight = dice_weight
+        self.exact_box_edges = exact_box_edges
 
     def needs_teacher(self, global_step: int) -> bool:
         return False
 
     def matching_cost(self, mask_logits_QHW: Tensor, targets: InstanceTargets, *, global_step: int) -> Tensor:
         """As `BoxInstCriterion` -> (Q, G)."""
-        return projection_matching_cost(mask_logits_QHW, targets)
+        return projection_matching_cost(mask_logits_QHW, targets, exact_box_edges=self.exact_box_edges)
 
     def __call__(
         self,
@@ -77,11 +79,11 @@ class LevelSetCriterion:
     ) -> CriterionOutput:
         height, width = students[0].mask_logits_NHW.shape[-2:]
         stride = grid_stride(targets, students[0].mask_logits_NHW)
-        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride)
+        rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride, whole_cells=not self.exact_box_edges)
         colors_BCHW, valid_BHW = colors_on_grid(images_BCHW, pixel_mask_BHW, height, width)
         affinity_BKHW = color_affinity(colors_BCHW, valid_BHW, dilation=self.dilation, alpha=self.consistency_alpha)
         map_BCHW = self._weighted_map(colors_BCHW, students[0].mask_features_BCHW)
-        inside_GHW = (rows_GH[:, :, None] * columns_GW[:, None, :] > 0) & valid_BHW[targets.image_ids_G]
+        inside_GHW = box_masks(targets.boxes_G4, height, width, stride) & valid_BHW[targets.image_ids_G]
         projection, energy, consistency = [], [], []
         for student in students:
             chosen_N = (~targets.has_mask_G)[student.instance_ids_N].nonzero()[:, 0]

@@ -19,10 +19,11 @@ L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's, and those of SIM's authors on Mask2
 MASK_COST = 5.0  # the weight of a mask cost in the matching, which the two above are relative to
 
 
-def projection_matching_cost(mask_logits_QHW: Tensor, targets: InstanceTargets) -> Tensor:
+def projection_matching_cost(mask_logits_QHW: Tensor, targets: InstanceTargets, *, exact_box_edges: bool = True) -> Tensor:
     """1 - Dice of the two one-dimensional projections, averaged over the axes -> (Q, G) in 0..1 (Box2Mask's matching)."""
     height, width = mask_logits_QHW.shape[-2:]
-    rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, grid_stride(targets, mask_logits_QHW))
+    stride = grid_stride(targets, mask_logits_QHW)
+    rows_GH, columns_GW = box_projections(targets.boxes_G4, height, width, stride, whole_cells=not exact_box_edges)
     return projection_cost(mask_logits_QHW, rows_GH, columns_GW) / 2
 
 

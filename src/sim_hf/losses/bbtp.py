@@ -23,7 +23,7 @@ def tightness_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor)
     A line through the box costs -log of its largest probability inside the box; a line that misses the box costs
     -log(1 - p) of its largest. The mean over the lines through the box plus the mean over the others (0 when there are
     none): the paper sums over the lines of a crop around the box, where the two kinds are about as many. `rows_NH` and
-    `columns_NW` are `box_projections` of the instance of each row.
+    `columns_NW` are `rasterize_boxes` of the instance of each row.
     """
     logits_NHW = at_least_float32(mask_logits_NHW)
     through_NH, through_NW = _lines(mask_logits_NHW, rows_NH, columns_NW)

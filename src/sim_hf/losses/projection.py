@@ -19,10 +19,33 @@ from sim_hf.structures import rasterize_boxes
 DICE_EPSILON = 1e-5  # BoxInst: keeps 0/0 away, added to the denominator only
 
 
-def box_projections(boxes_G4: Tensor, height: int, width: int, stride: float) -> tuple[Tensor, Tensor]:
-    """Shadows of the boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height), columns (G, width)."""
-    rows_GH, columns_GW = rasterize_boxes(boxes_G4, height, width, stride)
-    return rows_GH.float(), columns_GW.float()
+def box_projections(
+    boxes_G4: Tensor, height: int, width: int, stride: float, *, whole_cells: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Shadows of the boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height), columns (G, width).
+
+    A shadow is the share of each row or column of cells that the box covers: where a box ends within a cell, the mask shall be
+    undecided there, and its edge, read between the cells, lies where the box ends. BoxInst and SIM have 0 and 1
+    (`whole_cells`), which moves the edges of small objects by up to half a cell. A side of less than two cells may cover no cell
+    wholly; it keeps its whole cells, so that no mask has to be undecided everywhere.
+
+    Examples:
+        >>> rows, columns = box_projections(torch.tensor([[4.0, 1.0, 16.0, 11.0]]), height=4, width=4, stride=4)
+        >>> rows.tolist(), columns.tolist()
+        ([[0.75, 1.0, 0.75, 0.0]], [[0.0, 1.0, 1.0, 1.0]])
+    """
+    rows_GH, columns_GW = (cells.float() for cells in rasterize_boxes(boxes_G4, height, width, stride))
+    if whole_cells:
+        return rows_GH, columns_GW
+    x1, y1, x2, y2 = (boxes_G4 / stride).unbind(-1)
+    return _covered_shares(y1, y2, rows_GH), _covered_shares(x1, x2, columns_GW)
+
+
+def _covered_shares(low_G: Tensor, high_G: Tensor, cells_GL: Tensor) -> Tensor:
+    """Share of each cell that lies between low and high (in cells); `cells_GL` where these are less than two cells apart."""
+    first_L = torch.arange(cells_GL.shape[1], device=cells_GL.device)
+    shares_GL = (torch.minimum(high_G[:, None], first_L + 1) - torch.maximum(low_G[:, None], first_L)).clamp(0, 1)
+    return torch.where((high_G - low_G >= 2)[:, None], shares_GL, cells_GL)
 
 
 def projection_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor) -> Tensor:

@@ -113,6 +113,13 @@ class SupervisionArguments:
     mask_weight: float = field(default=5.0, metadata={"help": "BCE weight where a real mask is given."})
     dice_weight: float = field(default=5.0, metadata={"help": "Dice weight where a real mask is given."})
     projection_weight: float = field(default=5.0, metadata={"help": "BoxInst's projection loss."})
+    exact_box_edges: bool = field(
+        default=True,
+        metadata={
+            "help": "Projections compare with the share of each row and column of cells that the box covers, not with whole "
+            "cells (not in the paper)."
+        },
+    )
     pairwise_weight: float = field(default=2.0, metadata={"help": "BoxInst's pairwise colour affinity loss."})
     pairwise_warmup: float = field(default=1 / 9, metadata={"help": "Linear warm-up of the pairwise loss (steps or fraction)."})
     color_threshold: float = field(default=0.3, metadata={"help": "Colour similarity above which neighbours must agree."})
