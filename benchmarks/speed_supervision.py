@@ -286,6 +286,7 @@ class Ours:
             pairwise_weight=PAIRWISE_WEIGHT,
             pairwise_warmup_steps=0,
             color_threshold=COLOR_THRESHOLD,
+            exact_box_edges=False,  # as published
         )
         self.generator = PseudoMaskGenerator(self.bank, confident=CONFIDENT, max_pixels_per_instance=MAX_PIXELS)
         self.reset_bank()
@@ -304,7 +305,7 @@ class Ours:
         return losses_and_gradients(losses, self.inputs)
 
     def projection(self) -> Result:
-        rows_GH, columns_GW = box_projections(self.inputs.targets.boxes_G4, self.height, self.width, STRIDE)
+        rows_GH, columns_GW = box_projections(self.inputs.targets.boxes_G4, self.height, self.width, STRIDE, whole_cells=True)
         losses = [
             projection_loss(s.mask_logits_NHW, rows_GH[s.instance_ids_N], columns_GW[s.instance_ids_N])
             for s in self.inputs.students
