@@ -132,13 +132,22 @@ class PseudoMasks:
     """Pseudo masks of a batch on the mask grid (SIM, Eq. 7 and 8).
 
     probabilities_GHW: the corrected map M. target_GHW: bool, M above the high threshold. trusted_GHW: bool, the pixels that
-    count (W of Eq. 8). scores_G: mean probability inside the target, 0 where there is none.
+    count (W of Eq. 8). scores_G: mean probability inside the target, 0 where there is none. smallness_G: how far the instance's
+    map is a guess at the shape of few cells (`mask_generation.small_objects`), 0 for all in the paper.
     """
 
     probabilities_GHW: Tensor
     target_GHW: Tensor
     trusted_GHW: Tensor
     scores_G: Tensor
+    smallness_G: Tensor
+
+    def soft_targets(self) -> tuple[Tensor, Tensor]:
+        """What to train on: `target_GHW` as 0 and 1, and `trusted_GHW` -> two maps (G, H, W). An instance of few cells has its
+        probabilities as they are, shares of cells, and none of them is ignored: half of its cells lie on its edge."""
+        small_G11 = (self.smallness_G > 0)[:, None, None]
+        target_GHW = torch.where(small_G11, self.probabilities_GHW, self.target_GHW.float())
+        return target_GHW, self.trusted_GHW | (small_G11 & (self.probabilities_GHW > 0))
 
 
 @dataclass

@@ -104,7 +104,7 @@ def test_sureness_weighs_the_pseudo_loss_of_an_instance():
     )
     assert 0 < weighed < plain
     teacher = MaskPredictions(torch.zeros(2, *GRID), torch.tensor([0, 0]), torch.tensor([0.2, 0.81]), torch.zeros(1, 2, *GRID))
-    pseudo = PseudoMasks(*(torch.zeros(2, *GRID) for _ in range(3)), torch.tensor([0.4, 0.9]))
+    pseudo = PseudoMasks(*(torch.zeros(2, *GRID) for _ in range(3)), torch.tensor([0.4, 0.9]), torch.zeros(2))
     torch.testing.assert_close(_sureness(teacher, pseudo), torch.tensor([0.6, 0.0]))
 
 

@@ -16,7 +16,7 @@ STRIDE = 4
 
 def make_pseudo(probabilities_GHW, scores):
     target_GHW = probabilities_GHW > 0.5
-    return PseudoMasks(probabilities_GHW, target_GHW, target_GHW.clone(), torch.tensor(scores))
+    return PseudoMasks(probabilities_GHW, target_GHW, target_GHW.clone(), torch.tensor(scores), torch.zeros(len(scores)))
 
 
 def make_batch(boxes_per_image, *, size=(32, 32), scores=None):

@@ -76,6 +76,7 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         min_iou=supervision.pseudo_min_iou,
         background_prototypes=supervision.background_prototypes,
         pixel_competition=supervision.pixel_competition,
+        small_ellipses=supervision.small_ellipses,
     )
     sizes: dict[str, Any] = {"num_classes": num_classes, "feature_dim": feature_dim, "steps": steps}
     has_level_set = supervision.level_set_weight > 0
@@ -87,6 +88,7 @@ def build_sim(*, supervision, num_classes: int, feature_dim: int, steps: Callabl
         level_set_weight=supervision.level_set_weight,
         pseudo_weight=supervision.pseudo_weight,
         pseudo_quality_weight=supervision.pseudo_quality_weight,
+        small_weight=supervision.mask_weight,
         paste_weight=supervision.paste_weight,
         pseudo_start_step=start,
         pseudo_ramp_steps=steps(supervision.pseudo_ramp),

@@ -29,7 +29,8 @@ class SIMCriterion(nn.Module):
     instances with a real mask take neither.
 
     Beyond the paper, both off unless asked for: the pseudo mask loss of an instance weighed by the teacher's sureness
-    (`pseudo_quality_weight`, BoxTeacher), and Box2Mask's energies on top (`level_set`, with `level_set_weight`).
+    (`pseudo_quality_weight`, BoxTeacher), and Box2Mask's energies on top (`level_set`, with `level_set_weight`). Where the
+    generator has objects of few cells lean on an ellipse, lambda_1 of these goes to `small_weight`.
 
     Relations: owns a `BoxInstCriterion` (composition) and equals it when lambda_1 = 0 and nothing is pasted.
     """
@@ -43,6 +44,7 @@ class SIMCriterion(nn.Module):
         level_set_weight: float = 0.0,
         pseudo_weight: float = 0.5,
         pseudo_quality_weight: bool = False,
+        small_weight: float = 5.0,
         paste_weight: float = 1.0,
         pseudo_start_step: int = 10_000,
         pseudo_ramp_steps: int = 0,
@@ -56,6 +58,7 @@ class SIMCriterion(nn.Module):
         self.level_set_weight = level_set_weight
         self.pseudo_weight = pseudo_weight
         self.pseudo_quality_weight = pseudo_quality_weight
+        self.small_weight = small_weight
         self.paste_weight = paste_weight
         self.pseudo_start_step = pseudo_start_step
         self.pseudo_ramp_steps = pseudo_ramp_steps
@@ -91,8 +94,12 @@ class SIMCriterion(nn.Module):
             weight = self.pseudo_weight * self._pseudo_ramp(global_step)
             if weight > 0:
                 applies_G = ~(targets.has_mask_G | targets.is_pasted_G)
-                sureness_G = _sureness(teacher, pseudo) if self.pseudo_quality_weight else None
-                bce, dice = known_mask_losses(students, pseudo.target_GHW.float(), applies_G, pseudo.trusted_GHW, sureness_G)
+                # What small objects lean on counts as a real mask does.
+                weight_G = 1 + (self.small_weight / weight - 1) * pseudo.smallness_G
+                if self.pseudo_quality_weight:
+                    weight_G = weight_G * _sureness(teacher, pseudo)
+                target_GHW, trusted_GHW = pseudo.soft_targets()
+                bce, dice = known_mask_losses(students, target_GHW, applies_G, trusted_GHW, weight_G)
                 output.losses["loss_pseudo_mask"] = weight * sum_over_layers([*bce, *dice], num_instances)
         height, width = students[0].mask_logits_NHW.shape[-2:]
         pasted_GHW = masks_on_grid(targets, targets.is_pasted_G, height, width)

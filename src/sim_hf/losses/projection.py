@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from sim_hf.losses.precision import at_least_float32, autocast_disabled
 from sim_hf.structures import rasterize_boxes
 
+SMALL_BOX = 8  # cells: half a cell at each edge, as rounding may take or give, is an eighth of such a side
 DICE_EPSILON = 1e-5  # BoxInst: keeps 0/0 away, added to the denominator only
 
 
@@ -24,10 +25,10 @@ def box_projections(
 ) -> tuple[Tensor, Tensor]:
     """Shadows of the boxes (xyxy, input pixels) on a grid of the given stride -> rows (G, height), columns (G, width).
 
-    A shadow is the share of each row or column of cells that the box covers: where a box ends within a cell, the mask shall be
-    undecided there, and its edge, read between the cells, lies where the box ends. BoxInst and SIM have 0 and 1
-    (`whole_cells`), which moves the edges of small objects by up to half a cell. A side of less than two cells may cover no cell
-    wholly; it keeps its whole cells, so that no mask has to be undecided everywhere.
+    The shadow of a small box (below `SMALL_BOX` cells a side, sqrt(width * height)) is the share of each row or column of cells
+    that it covers: where it ends within a cell, the mask shall be undecided there, and its edge, read between the cells, lies
+    where the box ends. Larger boxes, for which half a cell is little, and all boxes with `whole_cells`, as in BoxInst and SIM,
+    have 0 and 1. So has a side of less than two cells, which may cover no cell wholly: no mask has to be undecided everywhere.
 
     Examples:
         >>> rows, columns = box_projections(torch.tensor([[4.0, 1.0, 16.0, 11.0]]), height=4, width=4, stride=4)
@@ -38,14 +39,16 @@ def box_projections(
     if whole_cells:
         return rows_GH, columns_GW
     x1, y1, x2, y2 = (boxes_G4 / stride).unbind(-1)
-    return _covered_shares(y1, y2, rows_GH), _covered_shares(x1, x2, columns_GW)
+    is_small_G = (x2 - x1) * (y2 - y1) < SMALL_BOX**2
+    return _shares_of_lines(y1, y2, rows_GH, is_small_G), _shares_of_lines(x1, x2, columns_GW, is_small_G)
 
 
-def _covered_shares(low_G: Tensor, high_G: Tensor, cells_GL: Tensor) -> Tensor:
-    """Share of each cell that lies between low and high (in cells); `cells_GL` where these are less than two cells apart."""
+def _shares_of_lines(low_G: Tensor, high_G: Tensor, cells_GL: Tensor, is_small_G: Tensor) -> Tensor:
+    """Share of each cell that lies between low and high (in cells), for small boxes; else, or where these are less than two cells
+    apart, `cells_GL`."""
     first_L = torch.arange(cells_GL.shape[1], device=cells_GL.device)
     shares_GL = (torch.minimum(high_G[:, None], first_L + 1) - torch.maximum(low_G[:, None], first_L)).clamp(0, 1)
-    return torch.where((high_G - low_G >= 2)[:, None], shares_GL, cells_GL)
+    return torch.where((is_small_G & (high_G - low_G >= 2))[:, None], shares_GL, cells_GL)
 
 
 def projection_loss(mask_logits_NHW: Tensor, rows_NH: Tensor, columns_NW: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from sim_hf.mask_generation.positive_mask_weighting import (
 from sim_hf.mask_generation.prototype_bank import PrototypeBank
 from sim_hf.mask_generation.self_correction import correct_cells, masks_outside_of_boxes
 from sim_hf.mask_generation.semantic_map import ClassSimilarity
+from sim_hf.mask_generation.small_objects import ellipse_shares, mark_small_objects
 from sim_hf.structures import InstanceTargets, MaskPredictions, PseudoMasks, box_iou_pairwise
 
 
@@ -35,7 +36,8 @@ class PseudoMaskGenerator:
     looks like its class than like those (see `ClassSimilarity`). `pixel_competition`: instances whose boxes overlap share the
     pixels there (see there; not in the paper). `chunk_size` instances are worked on at a time; it bounds memory and changes
     nothing else. `min_iou`: predictions whose box meets the given one with less take no part in M_I (BoxTeacher's gate; not in
-    the paper). Both maps are made inside the boxes only: outside, the box decides.
+    the paper). `small_ellipses`: objects of few cells lean on the ellipse in their box (`small_objects`; not in the paper). Both
+    maps are made inside the boxes only: outside, the box decides.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PseudoMaskGenerator:
         max_pixels_per_instance: int = 256,
         background_prototypes: bool = False,
         pixel_competition: bool = False,
+        small_ellipses: bool = False,
         chunk_size: int = 16,
     ) -> None:
         if min(max_pixels_per_instance, chunk_size) < 1:
@@ -73,6 +76,7 @@ class PseudoMaskGenerator:
         self.background_prototypes = background_prototypes
         self.max_pixels_per_instance = max_pixels_per_instance
         self.pixel_competition = pixel_competition
+        self.small_ellipses = small_ellipses
         self.chunk_size = chunk_size
 
     @torch.no_grad()
@@ -92,6 +96,8 @@ class PseudoMaskGenerator:
         alpha_G = torch.where(self.bank.is_ready_K[targets.class_labels_G], self.alpha, 1.0)
         has_positives_G = teacher.instance_ids_N.bincount(minlength=len(targets)) > 0
         masks = masks_outside_of_boxes(has_positives_G, (height, width))
+        if self.small_ellipses:
+            mark_small_objects(masks, targets.boxes_G4, stride)
         parts = [slice(start, start + self.chunk_size) for start in range(0, len(targets), self.chunk_size)]
 
         @lru_cache(maxsize=1)  # asked twice by a competition: a batch of one part makes them once
@@ -101,9 +107,8 @@ class PseudoMaskGenerator:
             cells = box_cells(targets.boxes_G4[part], height, width, stride)
             return cells, instance_probabilities(teacher.mask_logits_NHW, rows_GR[part], weights_N, cells)
 
-        competition = None
-        if self.pixel_competition:
-            competition = PixelCompetition(targets.num_images, (height, width), stride, alpha_G.device)
+        grids = (targets.num_images, (height, width), stride, alpha_G.device)
+        competition = PixelCompetition(*grids) if self.pixel_competition else None
         if competition is not None:
             for part in parts:
                 competition.enter(*of_part(part.start), targets.boxes_G4[part], targets.image_ids_G[part])
@@ -123,6 +128,7 @@ class PseudoMaskGenerator:
                 wanted = (instance_V > self.confident, ground_V)
                 self.observe(wanted, cells, teacher.mask_features_BCHW, image_ids_G, labels_G)
             # Self-correction (Eq. 7).
+            limits = {"confident": self.confident, "high_range": self.high_range, "low": self.low}
             correct_cells(
                 semantic_V,
                 instance_V,
@@ -130,9 +136,8 @@ class PseudoMaskGenerator:
                 _instances(masks, part),
                 alpha_G=alpha_G[part],
                 has_positives_G=has_positives_G[part],
-                confident=self.confident,
-                high_range=self.high_range,
-                low=self.low,
+                **limits,
+                ellipse_V=ellipse_shares(targets.boxes_G4[part], cells, stride) if self.small_ellipses else None,
             )
         return masks
 
@@ -199,4 +204,10 @@ def evenly_spaced(instances_V: Tensor, num_instances: int, max_pixels: int) -> T
 
 def _instances(masks: PseudoMasks, part: slice) -> PseudoMasks:
     """Views of the masks of these instances."""
-    return PseudoMasks(masks.probabilities_GHW[part], masks.target_GHW[part], masks.trusted_GHW[part], masks.scores_G[part])
+    return PseudoMasks(
+        masks.probabilities_GHW[part],
+        masks.target_GHW[part],
+        masks.trusted_GHW[part],
+        masks.scores_G[part],
+        masks.smallness_G[part],
+    )

@@ -65,6 +65,7 @@ def masks_outside_of_boxes(has_positives_G: Tensor, grid_size: tuple[int, int]) 
         target_GHW=torch.zeros(shape, dtype=torch.bool, device=device),
         trusted_GHW=has_positives_G[:, None, None].expand(shape).contiguous(),
         scores_G=torch.zeros(len(has_positives_G), device=device),
+        smallness_G=torch.zeros(len(has_positives_G), device=device),
     )
 
 
@@ -80,9 +81,13 @@ def correct_cells(
     confident: float = 0.7,
     high_range: tuple[float, float] = (0.7, 0.8),
     low: float = 0.4,
+    ellipse_V: Tensor | None = None,
 ) -> None:
-    """`self_correction` of the cells inside the boxes, painted into `masks`, those of the cells' instances."""
+    """`self_correction` of the cells inside the boxes, painted into `masks`, those of the cells' instances. ellipse_V: what
+    instances lean on as far as `masks.smallness_G` says."""
     corrected_V = torch.lerp(semantic_V, instance_V, cells.spread(alpha_G))
+    if ellipse_V is not None:
+        corrected_V = torch.lerp(corrected_V, ellipse_V, cells.spread(masks.smallness_G))
     high_G = _threshold(corrected_V, cells.instances_V, cells.total(instance_V > confident), high_range)
     # A NaN is neither above nor below, so it is ignored.
     foreground_V = corrected_V > cells.spread(high_G)

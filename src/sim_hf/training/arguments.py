@@ -116,8 +116,8 @@ class SupervisionArguments:
     exact_box_edges: bool = field(
         default=True,
         metadata={
-            "help": "Projections compare with the share of each row and column of cells that the box covers, not with whole "
-            "cells (not in the paper)."
+            "help": "Projections compare with the share of each row and column of cells that a small box covers, not with "
+            "whole cells (not in the paper)."
         },
     )
     pairwise_weight: float = field(default=2.0, metadata={"help": "BoxInst's pairwise colour affinity loss."})
@@ -155,6 +155,10 @@ class SupervisionArguments:
     pixel_competition: bool = field(
         default=True,
         metadata={"help": "Pseudo masks of instances whose boxes overlap share the pixels there (not in the paper)."},
+    )
+    small_ellipses: bool = field(
+        default=True,
+        metadata={"help": "Pseudo masks of objects of few cells lean on the ellipse in their box (not in the paper)."},
     )
     paste_weight: float = field(default=1.0, metadata={"help": "lambda_2, the copy-paste loss; 0 switches pasting off."})
     paste_probability: float = field(
