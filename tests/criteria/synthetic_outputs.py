@@ -99,10 +99,11 @@ def make_set_criterion(mask_criterion, **options):
     return SetCriterion(mask_criterion, num_queries=NUM_QUERIES, **options)
 
 
-def make_sim(*, boxinst=None, momentum=0.0, **options):
+def make_sim(*, boxinst=None, momentum=0.0, small_ellipses=False, **options):
     bank = PrototypeBank(NUM_CLASSES, 2, CHANNELS, momentum=momentum)
     defaults = {"pseudo_start_step": 0}
-    return SIMCriterion(BoxInstCriterion(**(boxinst or {})), PseudoMaskGenerator(bank), **{**defaults, **options})
+    generator = PseudoMaskGenerator(bank, small_ellipses=small_ellipses)
+    return SIMCriterion(BoxInstCriterion(**(boxinst or {})), generator, **{**defaults, **options})
 
 
 def price(criterion, output, targets, *, teacher=None, step=20_000, normalizers=None, images=None):

@@ -74,9 +74,11 @@ def test_without_pseudo_weight_and_pasting_it_is_boxinst_bit_for_bit(with_teache
         assert torch.equal(mine, theirs)
 
 
-def test_pseudo_loss_is_half_of_bce_plus_dice_on_the_trusted_pixels_over_all_layers():
+@pytest.mark.parametrize("small_ellipses", [False, True])
+def test_pseudo_loss_is_half_of_bce_plus_dice_on_the_trusted_pixels_over_all_layers(small_ellipses):
+    """And 4 times both, against the shares of the cells, for the objects of few cells."""
     targets, output = make_targets(), make_output()
-    mask_criterion = make_sim(pseudo_weight=0.5)
+    mask_criterion = make_sim(pseudo_weight=0.5, small_weight=4.0, small_ellipses=small_ellipses)
     seen = []
     call = mask_criterion.box_criterion.__class__.__call__
 
@@ -90,10 +92,14 @@ def test_pseudo_loss_is_half_of_bce_plus_dice_on_the_trusted_pixels_over_all_lay
     pseudo, expected = result.pseudo_masks, 0.0
     for student in seen[0]:
         for logits_HW, g in zip(student.mask_logits_NHW, student.instance_ids_N, strict=True):
-            maps = (logits_HW[None], pseudo.target_GHW[g][None].float(), pseudo.trusted_GHW[g][None])
-            expected += (masked_bce_loss(*maps) + masked_dice_loss(*maps)).item()
-    assert expected > 0
-    assert result.losses["loss_pseudo_mask"].item() == pytest.approx(0.5 * expected / 3, rel=1e-5)
+            small = pseudo.smallness_G[g].item()
+            target_HW, trusted_HW = pseudo.target_GHW[g].float(), pseudo.trusted_GHW[g]
+            if small > 0:
+                target_HW, trusted_HW = pseudo.probabilities_GHW[g], trusted_HW | (pseudo.probabilities_GHW[g] > 0)
+            maps = (logits_HW[None], target_HW[None], trusted_HW[None])
+            expected += (0.5 * (1 - small) + 4.0 * small) * (masked_bce_loss(*maps) + masked_dice_loss(*maps)).item()
+    assert expected > 0 and bool((pseudo.smallness_G > 0).any()) is small_ellipses
+    assert result.losses["loss_pseudo_mask"].item() == pytest.approx(expected / 3, rel=1e-5)
 
 
 def test_sureness_weighs_the_pseudo_loss_of_an_instance():
