@@ -37,8 +37,8 @@ def test_the_shares_are_those_of_fine_sampling(box):
 
 
 def test_smallness_by_hand():
-    boxes = torch.tensor([[0, 0, 16, 16], [0, 0, 12, 48], [0, 0, 32, 32], [5, 5, 6, 6], [7, 7, 7, 9]], dtype=torch.float32)
-    assert smallness(boxes, STRIDE).tolist() == [1, 0.5, 0, 1, 1]  # sides of 4, 6, 8, a quarter and no cell
+    boxes = torch.tensor([[0, 0, 12, 12], [0, 0, 9, 36], [0, 0, 24, 24], [5, 5, 6, 6], [7, 7, 7, 9]], dtype=torch.float32)
+    assert smallness(boxes, STRIDE).tolist() == [1, 0.5, 0, 1, 1]  # sides of 3, 4.5, 6, a quarter and no cell
 
 
 @pytest.mark.parametrize("box", [[13.0, 13.0, 14.0, 14.0], [6.0, 2.0, 7.0, 30.0], [10.0, 10.0, 10.0, 10.0]])
@@ -62,7 +62,7 @@ def test_small_boxes_trust_a_rim_around_the_cells_they_touch():
 def test_small_objects_are_their_ellipse_and_large_ones_what_they_were():
     teacher, targets = random_scene()
     boxes_G4 = targets.boxes_G4.clone()
-    boxes_G4[:4, 2:] = boxes_G4[:4, :2] + 12  # 3 cells a side
+    boxes_G4[:4, 2:] = boxes_G4[:4, :2] + 11  # less than 3 cells a side
     boxes_G4[4:, 2:] = boxes_G4[4:, :2] + 33
     targets = InstanceTargets(boxes_G4, targets.class_labels_G, targets.image_ids_G, (64, 64), targets.num_images)
     bank = ready_bank()

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from sim_hf.losses.precision import at_least_float32, autocast_disabled
 from sim_hf.structures import rasterize_boxes
 
-SMALL_BOX = 8  # cells: half a cell at each edge, as rounding may take or give, is an eighth of such a side
+SMALL_BOX = 6  # cells: rounding may move each edge by half a cell, a twelfth of such a side
 DICE_EPSILON = 1e-5  # BoxInst: keeps 0/0 away, added to the denominator only
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sim_hf.mask_generation.box_cells import BoxCells
 from sim_hf.structures import PseudoMasks, box_masks
 
-FEW_CELLS, MANY_CELLS = 4.0, 8.0
+FEW_CELLS, MANY_CELLS = 3.0, 6.0
 
 
 def smallness(boxes_G4: Tensor, stride: float) -> Tensor:
