@@ -29,11 +29,11 @@ def mark_small_objects(masks: PseudoMasks, boxes_G4: Tensor, stride: float) -> N
     a rim of two cells around their box: the mean over the whole picture would say nothing about a few cells. Where their box
     covers a part of a cell nothing is trusted; cells whose middle lies inside are painted over."""
     masks.smallness_G.copy_(smallness(boxes_G4, stride))
-    size = masks.trusted_GHW.shape[1:]
+    height, width = masks.trusted_GHW.shape[1:]
     outwards = boxes_G4.new_tensor([-stride, -stride, stride, stride])
     # The cells that a box touches are those whose middle lies in the box grown by half a cell; by 1 % is not touched.
-    touched_GHW = box_masks(boxes_G4 + 0.49 * outwards, *size, stride)
-    rim_GHW = box_masks(boxes_G4 + 2 * outwards, *size, stride) & ~touched_GHW
+    touched_GHW = box_masks(boxes_G4 + 0.49 * outwards, height, width, stride)
+    rim_GHW = box_masks(boxes_G4 + 2 * outwards, height, width, stride) & ~touched_GHW
     masks.trusted_GHW &= rim_GHW | (masks.smallness_G == 0)[:, None, None]
 
 
