@@ -144,8 +144,9 @@ class PseudoMasks:
 
     def soft_targets(self) -> tuple[Tensor, Tensor]:
         """What to train on: `target_GHW` as 0 and 1, and `trusted_GHW` -> two maps (G, H, W). An instance of few cells has its
-        probabilities as they are, shares of cells, and none of them is ignored: half of its cells lie on its edge."""
-        small_G11 = (self.smallness_G > 0)[:, None, None]
+        probabilities as they are, shares of cells, and none of them is ignored: half of its cells lie on its edge. Where nothing
+        is trusted, nothing becomes so."""
+        small_G11 = ((self.smallness_G > 0) & self.trusted_GHW.flatten(1).any(1))[:, None, None]
         target_GHW = torch.where(small_G11, self.probabilities_GHW, self.target_GHW.float())
         return target_GHW, self.trusted_GHW | (small_G11 & (self.probabilities_GHW > 0))
 

@@ -88,3 +88,5 @@ def test_targets_of_small_objects_are_shares_and_none_of_their_cells_is_ignored(
     soft, counted = masks.soft_targets()
     torch.testing.assert_close(soft, torch.tensor([[[0.0, 0.5, 0.9]], [[0.0, 0.0, 1.0]]]))
     assert counted.tolist() == [[[False, True, True]], [[True, False, True]]]
+    masks.trusted_GHW.zero_()  # instances without a prediction of the teacher
+    assert not masks.soft_targets()[1].any()

@@ -1,8 +1,8 @@
 """What an object of few cells looks like: the ellipse in its box (not in the paper).
 
-A network sees hardly a shape in four cells, and neither colours nor prototypes tell one. On photographs and under the microscope
-alike, the ellipse is nearer to the masks of such objects than the filled box (docs/measurements.md), so pseudo masks lean
-on it: wholly up to `FEW_CELLS`, and less and less up to `MANY_CELLS`, where the predictions know better.
+On photographs and under the microscope alike, the ellipse is nearer to the real masks of small objects than the filled box, and
+up to `FEW_CELLS` nearer than the masks of a trained network (docs/measurements.md). So pseudo masks lean on it: wholly up to
+`FEW_CELLS`, and less and less up to `MANY_CELLS`.
 
 Shape letters: G instances, V cells inside their boxes (instance by instance).
 """
