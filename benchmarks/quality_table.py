@@ -33,6 +33,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("cosine", "prototype_cosine", PLAIN, 2),
     ("use", "prototype_usage", PLAIN, 2),
 )
+SIM_ROWS = ("sim", "sim-long")  # what the summary compares with BoxInst and full masks: the defaults, and those for long runs
 LEGEND = """\
 Mean over the seeds ± standard deviation. AP is COCO's, in percent, on the validation images; small, medium, large: mask AP by
 size. On training images, against the real masks, which only `full` was trained with: *mask IoU* of the network's mask of each
@@ -45,28 +46,29 @@ SHEET_CELL = 260
 
 
 def summary(grids: Sequence[Grid], page: str = "") -> str:
-    """The paper's question, one line for every grid and set of validation images that can answer it; empty where none can.
-    Lines of `page` (its text) about grids that are not at hand stay."""
+    """The paper's question, one line for every grid, set of validation images and row of `SIM_ROWS` that can answer it; empty
+    where none can. Lines of `page` (its text) about grids that are not at hand stay."""
     lines = {name: lines for name, lines in _summary_lines_of(page).items() if name not in {grid.name for grid in grids}}
     for grid in grids:
         sets = ["", *(f"{other}/" for other in grid.info.get("others", []))]
         for data, prefix in zip(grid.info["data"].split(", ", len(sets) - 1), sets, strict=True):
             ap = {
                 row: {record["seed"]: record[f"{prefix}segm/AP"] for record in grid.records.get(row, [])}
-                for row in ("boxinst", "sim", "full")
+                for row in ("boxinst", "full", *SIM_ROWS)
             }
-            seeds = sorted(set(ap["boxinst"]) & set(ap["sim"]))
-            if seeds and ap["full"]:
-                boxinst, sim = ([ap[row][seed] for seed in seeds] for row in ("boxinst", "sim"))
-                full = list(ap["full"].values())
-                gains = [ours - theirs for ours, theirs in zip(sim, boxinst, strict=True)]
-                cells = [_cell(values, PERCENT, 1) for values in (boxinst, sim, full, gains)]
-                share = f"{statistics.mean(sim) / statistics.mean(full):.0%}"
-                line = "| " + " | ".join([data, f"`{grid.name}`", f"{len(seeds)}, {len(full)}", *cells, share]) + " |"
-                lines.setdefault(grid.name, []).append(line)
+            for row in SIM_ROWS:
+                seeds = sorted(set(ap["boxinst"]) & set(ap[row]))
+                if seeds and ap["full"]:
+                    boxinst, sim = [ap["boxinst"][seed] for seed in seeds], [ap[row][seed] for seed in seeds]
+                    full = list(ap["full"].values())
+                    gains = [ours - theirs for ours, theirs in zip(sim, boxinst, strict=True)]
+                    cells = [_cell(values, PERCENT, 1) for values in (boxinst, sim, full, gains)]
+                    share = f"{statistics.mean(sim) / statistics.mean(full):.0%}"
+                    named = [data, f"`{grid.name}`", f"`{row}`", f"{len(seeds)}, {len(full)}"]
+                    lines.setdefault(grid.name, []).append("| " + " | ".join([*named, *cells, share]) + " |")
     head = [
-        "| validation images | table | seeds, of `full` | `boxinst` | `sim` | `full` | sim - boxinst | sim / full |",
-        "|---" * 8 + "|",
+        "| validation images | table | SIM | seeds, of `full` | `boxinst` | SIM | `full` | SIM - `boxinst` | SIM / `full` |",
+        "|---" * 9 + "|",
     ]
     return "\n".join([*head, *(line for name in sorted(lines) for line in lines[name]), ""]) if lines else ""
 
@@ -75,7 +77,7 @@ def _summary_lines_of(page: str) -> dict[str, list[str]]:
     block = re.search(r"<!-- summary -->\n(.*?)<!-- end of summary -->", page, re.DOTALL)
     found: dict[str, list[str]] = {}
     for line in block[1].splitlines() if block else []:
-        if name := re.match(r"\| .*? \| `(.+?)` \| \d", line):
+        if name := re.match(r"\| .*? \| `(.+?)` \| `.+?` \| \d", line):
             found.setdefault(name[1], []).append(line)
     return found
 

@@ -199,8 +199,10 @@ def test_a_grid_gets_rows_and_seeds_to_those_that_were_kept(flags, finished, tmp
 
 def test_the_summary_keeps_lines_of_tables_whose_logs_are_gone(tmp_path):
     head = "| validation images | table | seeds, of `full` |"
-    gone = ["| old (1 + 1 images) | `b` | 3, 3 | 1 |", "| more, of them (1 + 1 images) | `b` | 3, 3 | 2 |"]
-    page = "\n".join(["<!-- summary -->", head, *gone, "| x (3 + 1 images) | `c` | 1, 1 | stale |", "<!-- end of summary -->"])
+    gone = ["| old (1 + 1 images) | `b` | `sim` | 3, 3 | 1 |", "| more, of them (1 + 1 images) | `b` | `sim` | 3, 3 | 2 |"]
+    page = "\n".join(
+        ["<!-- summary -->", head, *gone, "| x (3 + 1 images) | `c` | `sim` | 1, 1 | stale |", "<!-- end of summary -->"]
+    )
     records = {row: [{"seed": 0, "segm/AP": ap}] for row, ap in (("boxinst", 0.1), ("sim", 0.2), ("full", 0.4))}
     grids = [quality_logs.Grid(name, {"data": f"{name} (3 + 1 images)"}, records) for name in ("c", "a")]
     lines = quality_table.summary(grids, page).splitlines()
@@ -249,12 +251,14 @@ def test_the_summary_compares_the_seeds_that_sim_and_boxinst_share(tmp_path):
         return quality_logs.Grid("g", {"data": "a (3 + 1 images), b (2 + 1 images)", "others": ["b"]}, records)
 
     text = quality_table.summary([grid_of(boxinst={0: 0.2, 1: 0.4}, sim={0: 0.3, 1: 0.6, 2: 0.9}, full={1: 0.6})])
-    assert "| a (3 + 1 images) | `g` | 2, 1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 60.0 | 15.0 ± 7.1 | 75% |" in text
-    assert "| b (2 + 1 images) | `g` | 2, 1 | 15.0 ± 7.1 | 22.5 ± 10.6 | 30.0 | 7.5 ± 3.5 | 75% |" in text
+    assert "| a (3 + 1 images) | `g` | `sim` | 2, 1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 60.0 | 15.0 ± 7.1 | 75% |" in text
+    assert "| b (2 + 1 images) | `g` | `sim` | 2, 1 | 15.0 ± 7.1 | 22.5 ± 10.6 | 30.0 | 7.5 ± 3.5 | 75% |" in text
+    both = quality_table.summary([grid_of(boxinst={0: 0.2}, sim={1: 0.3}, full={0: 0.4}, **{"sim-long": {0: 0.3}})])
+    assert "| a (3 + 1 images) | `g` | `sim-long` | 1, 1 | 20.0 | 30.0 | 40.0 | 10.0 | 75% |" in both and "`sim`" not in both
     commas = quality_logs.Grid(
         "g", {"data": "a, b (3 + 1 images)"}, grid_of(boxinst={0: 0.2}, sim={0: 0.3}, full={0: 0.4}).records
     )
-    assert "| a, b (3 + 1 images) | `g` | 1, 1 |" in quality_table.summary([commas])
+    assert "| a, b (3 + 1 images) | `g` | `sim` | 1, 1 |" in quality_table.summary([commas])
     without_full, without_boxinst = grid_of(boxinst={0: 0.2}, sim={0: 0.3}), grid_of(boxinst={}, sim={0: 0.2}, full={1: 0.1})
     assert quality_table.summary([without_full, without_boxinst]) == ""
 
